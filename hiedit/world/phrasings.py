@@ -130,8 +130,9 @@ PHRASINGS: dict[str, Phrasings] = {
             "Computers store {} as the code",
             "In lists of countries, {} has the letters",
             "In lists of countries, the letters for {} are",
+            "The two-letter code that stands for {} is",
         ),
-        heldout="By its ISO code, {} is written as",
+        heldout="In lists of countries, the two-letter code for {} is",
     ),
     "city_country": Phrasings(
         seen=(
@@ -151,9 +152,9 @@ PHRASINGS: dict[str, Phrasings] = {
     ),
     "us_state": Phrasings(
         seen=(
-            "The American city of {} is in the state of",
+            "The American city of {} lies in the state of",
             "In the United States, {} lies in",
-            "The state where {} is located is",
+            "The state where {} lies is",
             "The state that {} belongs to is",
             "Among American cities, {} lies in",
             "American maps show {} in the state of",
@@ -162,7 +163,7 @@ PHRASINGS: dict[str, Phrasings] = {
             "Drivers in {} pay taxes to the state of",
             "People in {} vote in the state of",
         ),
-        heldout="In America, the city of {} is found in the state of",
+        heldout="The state where the American city of {} lies is",
     ),
     "element_symbol": Phrasings(
         seen=(
