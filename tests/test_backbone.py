@@ -88,15 +88,16 @@ def test_answers_in_the_middle_and_in_pieces(backbone, side):
     assert_close(answers.logits, expected, **TOLERANCE)
 
 
-def test_only_the_columns_of_the_answers_reach_the_output_embedding(llama):
-    seen = []
+def test_only_what_predicts_an_answer_reaches_the_output_embedding(llama):
+    seen, sequences = [], random_sequences()
     head = llama.model.get_output_embeddings()
     handle = head.register_forward_hook(lambda _, args, __: seen.append(args[0].shape[1]))
     try:
-        llama.answers(pad_batch(random_sequences(), "left"))
+        llama.answers(pad_batch(sequences, "left"))
+        llama.answers(pad_batch(sequences[:1], "left"))
     finally:
         handle.remove()
-    assert seen == [4]  # the longest answer has four tokens
+    assert seen == [sum(len(s.answer) for s in sequences), len(sequences[0].answer)]
 
 
 def test_answers_want_labels_that_something_predicts(llama):

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from hiedit.backbone.losses import AnswerLogits
 from hiedit.backbone.modules import EditableModule, resolve_modules
+from hiedit.backbone.packing import Packing, active, packed, supports
 from hiedit.backbone.prefix import DEFAULT_BYTES, Prefix
 from hiedit.types import IGNORE, Shift, TokenBatch
 
@@ -45,6 +46,7 @@ class Backbone:
         accepted = inspect.signature(model.forward).parameters
         self._takes_keep = "logits_to_keep" in accepted
         self._takes_positions = "position_ids" in accepted
+        self._edits_last = _edits_last(model, self.modules)
 
     @property
     def device(self) -> torch.device:
@@ -74,6 +76,11 @@ class Backbone:
         columns = labelled.any(0).nonzero().squeeze(-1)
         if columns.numel() == 0 or columns[0] == 0:
             raise ValueError("labels: every batch needs answer tokens, none of them at position 0")
+        packing = self._packing(batch, labelled)
+        if packing is not None:
+            row, column = labelled.nonzero(as_tuple=True)
+            logits = self._forward_packed(batch, packing, packing.rank[row, column - 1])
+            return AnswerLogits(logits, batch.labels[row, column], row, len(batch))
         first, last = int(columns[0]), int(columns[-1])
         keep = torch.arange(first - 1, last, device=batch.ids.device)
         logits = self._forward(batch, keep)
@@ -101,12 +108,35 @@ class Backbone:
             out = self.model(input_ids=batch.ids, **kwargs).logits
         return out if self._takes_keep else out[:, keep]
 
+    def _packing(self, batch: TokenBatch, labelled: Tensor) -> Packing | None:
+        """How to leave out the padding of ``batch``; None where there is none, or no way."""
+        where = batch.attention.bool()
+        if bool(where.all()) or not supports(self.model, where.shape[1]):
+            return None
+        # An answer at the start of its sequence is predicted by padding.
+        predicted = bool(where[:, :-1][labelled[:, 1:]].all())
+        return Packing(where) if predicted else None
+
+    def _forward_packed(self, batch: TokenBatch, packing: Packing, keep: Tensor) -> Tensor:
+        """[M, V]: logits at the tokens ``keep`` (int64 [M], among those that are no padding)."""
+        positions = _positions(batch)
+        kwargs = {"position_ids": packing.pack(positions), "logits_to_keep": keep}
+        kwargs |= {"use_cache": False, "attention_mask": None}
+        last = None if self._edits_last else keep
+        if not self.prefix.depth:
+            with packed(self.model, packing, last):
+                return self.model(input_ids=packing.pack(batch.ids), **kwargs).logits[0]
+        states = self.prefix.tokens(batch, positions)[None]
+        with packed(self.model, packing, last), self.prefix.upper():
+            return self.model(inputs_embeds=states, **kwargs).logits[0]
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yields (inputs, outputs) by module, filled by the forward passes inside.
 
         inputs: [N, S, I], detached. outputs: [N, S, O], part of the graph; [N*S, I] and [N*S, O]
-        where the architecture flattens them (OPT's MLP), see ``at_tokens``. Differentiate a loss
+        where the architecture flattens them (OPT's MLP), [1, T, .] where padding was left out, see
+        ``at_tokens``. Differentiate a loss
         with respect to them by ``torch.autograd.grad`` (the probe of the design: where the graph
         has not begun, the output itself becomes its leaf, which saves adding a zero tensor).
         """
@@ -160,9 +190,23 @@ def _positions(batch: TokenBatch) -> Tensor:
     return (batch.attention.cumsum(-1) - 1).clamp(min=0)
 
 
-def at_tokens(x: Tensor, where: Tensor) -> Tensor:
-    """[T, D]: the rows of ``x`` ([N, S, D] or [N*S, D]) where the bool [N, S] ``where`` is set."""
-    return x.reshape(*where.shape, -1)[where]
+def at_tokens(x: Tensor, where: Tensor, attention: Tensor) -> Tensor:
+    """[K, D]: the rows of what a module saw or gave where the bool [N, S] ``where`` is set.
+
+    x: [N, S, D], [N*S, D] (OPT's MLP), or [1, T, D] where the forward pass left out padding.
+    attention: [N, S], 0 at padding, where ``where`` is never set.
+    """
+    flat = x.reshape(-1, x.shape[-1])
+    if len(flat) != where.numel():
+        where = where[attention.bool()]
+    return flat[where.reshape(-1)]
+
+
+def _edits_last(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether an editable module belongs to the MLP of the last layer: then every position of it
+    is asked for."""
+    count = getattr(model.config, "num_hidden_layers", 0)
+    return any(f".{count - 1}.mlp." in name for name in names)
 
 
 def _add_product(out: Tensor, h: Tensor, right: Tensor) -> Tensor:
@@ -180,6 +224,8 @@ def _shift_hook(stack: list[Shift]):
                 scale = shift.scale.to(h.dtype)
                 if scale.dim() == 1:
                     h = h * scale
+                elif (packing := active()) is not None:  # [1, T, I]
+                    h = h * scale[packing.rows]
                 else:  # OPT's MLP sees [N*S, I]
                     h = (h.reshape(len(scale), -1, shift.rank) * scale[:, None]).reshape(h.shape)
             out = _add_product(out, h, shift.B.T.to(h.dtype))

@@ -33,9 +33,9 @@ def key_moments(
         with backbone.capture() as (inputs, outputs):
             backbone.answers(batch)
         for name in moments:
-            keys = at_tokens(inputs[name], where).float()
+            keys = at_tokens(inputs[name], where, batch.attention).float()
             moments[name] += keys.T @ keys
-            power[name] += at_tokens(outputs[name], where).float().square().sum()
+            power[name] += at_tokens(outputs[name], where, batch.attention).float().square().sum()
         count += int(where.sum())
     if count == 0:
         raise ValueError("key_moments: no prompts to preserve were given")

@@ -5,7 +5,7 @@ function of the tokens: no edit, no shift on trial and no reset can change it. W
 the weights of a lower layer in place (nothing here does) is noticed by the parameters' version
 counters, and the cache starts again; a change through ``parameter.data`` is not.
 
-Shapes: ``N`` sequences, ``S`` positions, ``S_i`` tokens of sequence i, ``H`` hidden size.
+Shapes: ``N`` sequences, ``S`` positions, ``T`` tokens that are no padding, ``H`` hidden size.
 """
 
 from __future__ import annotations
@@ -45,6 +45,16 @@ class Prefix:
 
     def states(self, batch: TokenBatch, positions: Tensor) -> Tensor:
         """[N, S, H]: what enters layer ``depth``, without a graph; zero at padding."""
+        where = batch.attention.bool()
+        flat = self.tokens(batch, positions)
+        if bool(where.all()):
+            return flat.view(*where.shape, -1)
+        states = flat.new_zeros(*where.shape, flat.shape[-1])
+        states[where] = flat
+        return states
+
+    def tokens(self, batch: TokenBatch, positions: Tensor) -> Tensor:
+        """[T, H]: the same at all that is no padding, sequence after sequence."""
         if self._seen != (now := self._state()):
             self.cache.clear()
             self._seen = now
@@ -66,12 +76,7 @@ class Prefix:
             for key, row, kept in zip(new, hidden, attention.bool(), strict=True):
                 found[key] = row[kept]  # a copy
                 self.cache.put(key, found[key])
-        flat = torch.cat([found[key] for key in keys])
-        if bool(where.all()):
-            return flat.view(*where.shape, -1)
-        states = flat.new_zeros(*where.shape, flat.shape[-1])
-        states[where] = flat
-        return states
+        return torch.cat([found[key] for key in keys])
 
     @contextlib.contextmanager
     def upper(self) -> Iterator[None]:

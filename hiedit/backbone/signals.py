@@ -61,13 +61,15 @@ class Probe:
 
         Each edit's loss is summed, so an edit's gradients do not depend on the batch around it.
         """
-        names = list(self._outputs)
+        names, attention = list(self._outputs), self._batch.attention
         grads = torch.autograd.grad(self._total, list(self._outputs.values()))
         where = edit_tokens(self._batch, self._tokens)
         edit = self._batch.edit[:, None].expand_as(where)[where]
         return Signals(
-            keys={n: at_tokens(self._inputs[n], where).float() for n in names},
-            grads={n: at_tokens(g, where).float() for n, g in zip(names, grads, strict=True)},
+            keys={n: at_tokens(self._inputs[n], where, attention).float() for n in names},
+            grads={
+                n: at_tokens(g, where, attention).float() for n, g in zip(names, grads, strict=True)
+            },
             edit=edit,
             loss=self.loss,
             confidence=self.confidence,

@@ -1,0 +1,130 @@
+"""A padded batch as one row of tokens, so that no layer computes padding.
+
+Sequences of one reward differ in length, and a quarter of a padded batch is padding. Everything in
+a decoder layer but attention treats tokens one by one, so the model is given all ``T`` tokens as
+a single row; attention alone puts them back into ``N`` padded sequences, attends within each, and
+packs the result again. The numbers are those of the padded batch up to the order of sums.
+
+Shapes: ``N`` sequences, ``S`` positions, ``T`` tokens that are no padding, ``h`` heads, ``d`` their
+size, ``H`` hidden size.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import cached_property
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+NAME, ORIGINAL = "hiedit_packed", "sdpa"
+# Known to be right: attention goes through transformers' interface, positions are rotary.
+SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
+
+
+class Packing:
+    """Where the tokens of a padded batch are.
+
+    where: bool [N, S], False at padding (on either side). index: int64 [T], the tokens' places in
+    the flat padded batch.
+    """
+
+    def __init__(self, where: Tensor):
+        self.where = where
+        self.index = where.reshape(-1).nonzero().squeeze(-1)
+
+    @property
+    def tokens(self) -> int:
+        return self.index.numel()
+
+    @cached_property
+    def rows(self) -> Tensor:
+        """int64 [T]: the sequence of each token."""
+        return self.index // self.where.shape[1]
+
+    @cached_property
+    def rank(self) -> Tensor:
+        """int64 [N, S]: where each position stands among the tokens; of padding, meaningless."""
+        return self.where.reshape(-1).cumsum(0).view_as(self.where) - 1
+
+    @cached_property
+    def mask(self) -> Tensor:
+        """bool [N, 1, S, S]: causal, keys that are padding left out; padding attends to itself,
+        as a row without any key would be NaN."""
+        size = self.where.shape[1]
+        causal = torch.ones(size, size, dtype=torch.bool, device=self.where.device).tril()
+        own = torch.eye(size, dtype=torch.bool, device=self.where.device)
+        return ((causal & self.where[:, None, :]) | own)[:, None]
+
+    def pad(self, x: Tensor) -> Tensor:
+        """[1, h, T, d] -> [N, h, S, d], zero at padding."""
+        _, h, t, d = x.shape
+        flat = x.transpose(1, 2).reshape(t, h * d)
+        padded = flat.new_zeros(self.where.numel(), h * d).index_copy(0, self.index, flat)
+        return padded.view(*self.where.shape, h, d).transpose(1, 2)
+
+    def pack(self, x: Tensor) -> Tensor:
+        """[N, S, ...] -> [1, T, ...]."""
+        return x.flatten(0, 1).index_select(0, self.index)[None]
+
+
+def supports(model: nn.Module, size: int) -> bool:
+    """Whether ``model`` may be given sequences of at most ``size`` tokens packed."""
+    config = model.config
+    window = getattr(config, "sliding_window", None)
+    return (
+        type(model).__name__ in SUPPORTED
+        and config._attn_implementation == ORIGINAL
+        and (window is None or size <= window)
+    )
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module, packing: Packing, keep: Tensor | None = None) -> Iterator[None]:
+    """Inside, ``model`` takes the tokens of ``packing`` as one row, and its last layer's MLP
+    computes those at ``keep`` (int64, among the T) alone; None means all."""
+    config, previous = model.config, model.config._attn_implementation
+    _ACTIVE.append(packing)
+    config._attn_implementation = NAME
+    handles = [] if keep is None else _only(model.model.layers[-1].mlp, keep)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+        config._attn_implementation = previous
+        _ACTIVE.pop()
+
+
+def active() -> Packing | None:
+    """The packing of the forward pass that is running."""
+    return _ACTIVE[-1] if _ACTIVE else None
+
+
+def _only(module: nn.Module, keep: Tensor):
+    """Hooks by which ``module`` sees the tokens ``keep`` and gives zero at the others."""
+
+    def before(_, args):
+        return (args[0].index_select(1, keep), *args[1:])
+
+    def after(_, args, out):
+        full = out.new_zeros(1, active().tokens, out.shape[-1])
+        return full.index_copy(1, keep, out)
+
+    return [module.register_forward_pre_hook(before), module.register_forward_hook(after)]
+
+
+def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **kwargs):
+    """Attention within each packed sequence; query, key, value: [1, h, T, d]."""
+    packing = active()
+    padded = (packing.pad(x) for x in (query, key, value))
+    attend = ALL_ATTENTION_FUNCTIONS[ORIGINAL]
+    out, weights = attend(module, *padded, packing.mask, **kwargs)
+    return packing.pack(out), weights
+
+
+_ACTIVE: list[Packing] = []
+AttentionInterface.register(NAME, _attention)
