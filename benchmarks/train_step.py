@@ -75,10 +75,7 @@ class Ours:
             updater=replace(
                 paper.updater, solver=kind, tokens=tokens, rank=rank, blocks=blocks, eta=1e-6
             ),
-            objective=replace(
-                paper.objective, back_depth=DEPTH - 1, paraphrases=1, locality=1, c_reg=1e-2
-            ),
-            passes=replace(paper.passes, undo=False),  # nor does the publication check a pass
+            objective=replace(paper.objective, back_depth=DEPTH - 1, c_reg=1e-2),
         )
         self.backbone = Backbone(model, tokenizer, modules)
         self.trainer = build_method(self.backbone, method).trainer(TrainConfig())

@@ -123,7 +123,8 @@ class ObjectiveConfig:
     """The negative reward. ``edit`` looks at the current edit alone, ``trajectory`` also at the
     last ``back_depth`` ones, decayed by ``gamma`` per step of age.
 
-    paraphrases, locality: prompts per current edit; earlier edits bring one of each.
+    paraphrases, locality: prompts per current edit; earlier edits bring one of each. prompt:
+    whether the edit's own prompt counts beside its paraphrases (the publications leave it out).
     reference: locality is measured against the model ``before`` the step or the ``base`` model.
     c_loc: weight of the KL (per nat). c_reg: of the plain squared norm. rho: of the energy.
     """
@@ -133,6 +134,7 @@ class ObjectiveConfig:
     gamma: float = 0.95
     paraphrases: int = 2
     locality: int = 2
+    prompt: bool = True
     reference: str = "before"
     c_loc: float = 1.0
     c_reg: float = 0.0

@@ -121,6 +121,16 @@ def test_edit_without_paraphrases_or_gold_answers_stands_for_itself():
     assert rows_of(batch, tiny_tokenizer()) == wanted and batch.edits == 3
 
 
+def test_the_edits_own_prompt_can_be_left_out_as_the_publications_do():
+    config = ObjectiveConfig("trajectory", back_depth=1, paraphrases=2, locality=0, prompt=False)
+    batch = walk(Objective(config, tiny_tokenizer()), STEPS)
+    texts = [text for text, _ in rows_of(batch, tiny_tokenizer())]
+    assert sorted(texts[:2]) == ["Find Suva in Oman", "Suva is in Oman"]
+    assert "lies" not in " ".join(texts)
+    bare = EditBatch((EditRequest("Oslo lies in", "Peru"),))  # nothing else to look at
+    assert Objective(config, tiny_tokenizer()).batch(bare, "cpu").edits == 1
+
+
 def test_choice_of_prompts_is_seeded():
     config = ObjectiveConfig("trajectory", paraphrases=1, locality=1)
 

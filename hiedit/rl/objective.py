@@ -82,7 +82,8 @@ class Objective:
         seen = self._current[1] if self._current and self._current[0] is step else None
         for request, rows in zip(step.requests, seen or [None] * len(step), strict=True):
             rows = rows or self._choose(request)
-            others = rows.edit[1:] or [(p, request.target) for p in request.paraphrases]
+            seen_prompts = [pair for pair in rows.edit if pair[0] != request.prompt]
+            others = seen_prompts or [(p, request.target) for p in request.paraphrases]
             local = rows.local or _known(request)
             self.past.append(
                 Rows(
@@ -92,11 +93,12 @@ class Objective:
             )
 
     def _choose(self, request: EditRequest) -> Rows:
-        """What a current edit brings: itself (part of what must hold), paraphrases, places."""
+        """What a current edit brings: itself (unless left out, or alone), paraphrases, places."""
         c, prompts, places = self.config, list(request.paraphrases), _known(request)
         chosen = self.random.sample(prompts, min(c.paraphrases, len(prompts)))
         near = self.random.sample(places, min(c.locality, len(places)))
-        return Rows(tuple((p, request.target) for p in [request.prompt, *chosen]), tuple(near))
+        own = [request.prompt] if c.prompt or not chosen else []
+        return Rows(tuple((p, request.target) for p in [*own, *chosen]), tuple(near))
 
     @torch.no_grad()
     def reference(self, env: Environment, batch: RewardBatch) -> Tensor | None:
