@@ -124,6 +124,17 @@ def load_method(path: str | Path) -> MethodConfig:
     return from_mapping(MethodConfig, values, "method")
 
 
+def configured_model(model: str) -> dict:
+    """What ``configs/model`` says about a path or hub name; empty if it is not there."""
+    import yaml
+
+    for path in sorted((config_dir() / "model").glob("*.yaml")):
+        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        if values.get("path") == model:
+            return values
+    return {}
+
+
 def config_dir() -> Path:
     """The Hydra groups: of the checkout, or of the installed package ``hiedit_configs``."""
     checkout = Path(__file__).resolve().parent.parent / "configs"

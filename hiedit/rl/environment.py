@@ -8,7 +8,7 @@ of several passes; its passes stay functional (part of the forward pass, no weig
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -68,15 +68,32 @@ class Environment:
         """Take the last pass back."""
         return self.pending.pop()
 
-    def commit(self) -> Shifts:
-        """Make the pending passes part of the weights; returns them as one shift per module."""
+    def trial(self) -> Shifts:
+        """The pending passes as one shift per module."""
+        return merge(self.pending)
+
+    def drop(self) -> None:
+        """Take all pending passes back."""
+        self.pending = []
+
+    def commit(self, write: Callable[[Shifts], object] | None = None) -> Shifts:
+        """Make the pending passes part of the weights; returns them as one shift per module.
+
+        write: puts the shifts into the weights; by default ``state.commit``. If it raises, the
+        passes stay pending.
+        """
+        merged = self.trial()
+        (write or self.state.commit)(merged)
         passes, self.pending = self.pending, []
-        merged = merge(passes)
-        self.state.commit(merged)
         if merged:
             self.committed = passes
             self.version += 1
         return merged
+
+    def rewritten(self) -> None:
+        """Someone else changed the weights: nothing that was measured holds any longer."""
+        self.pending, self.committed = [], []
+        self.version += 1
 
 
 def merge(passes: list[Shifts]) -> Shifts:

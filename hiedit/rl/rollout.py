@@ -27,7 +27,8 @@ class Outcome:
     mask: [E, L], union over the passes kept. passes: shifts computed, undone ones included.
     loss, confidence: [E], of the edit prompt after the step (NaN where the last pass was not
     checked, because nothing would have been undone). held: all edits are known to have reached
-    the target probability. shifts: what was committed, by module.
+    the target probability. shifts: what is (to be) committed, by module. signals: of the last
+    pass, None if there was none.
     """
 
     mask: Tensor
@@ -36,6 +37,7 @@ class Outcome:
     confidence: Tensor
     held: bool
     shifts: Shifts
+    signals: Signals | None = None
 
 
 Choice = tuple[Signals, Action] | None
@@ -66,6 +68,21 @@ class Rollout:
 
         on_pass: computes the pass's shifts itself (training does, to keep their graph).
         """
+        outcome = self.propose(batch, on_pass)
+        self.commit(outcome)
+        return outcome
+
+    def commit(self, outcome: Outcome, write: Callable[[Shifts], object] | None = None) -> None:
+        """Make what ``propose`` left pending part of the weights, and protect it.
+
+        write: puts the shifts into the weights, see ``Environment.commit``.
+        """
+        if self.env.commit(write) and outcome.signals is not None:
+            self.updater.absorb(outcome.signals, outcome.mask)
+
+    def propose(self, batch: EditBatch, on_pass: PassHook | None = None) -> Outcome:
+        """The same on trial: its passes are pending, for ``commit`` or ``env.drop`` to settle."""
+        self.env.drop()
         edits, tokens = len(batch), self._encode(batch)
         names = self.updater.names
         none = torch.zeros(edits, len(names), device=self.env.backbone.device)
@@ -101,11 +118,8 @@ class Rollout:
                 loss = confidence = torch.full_like(loss, torch.nan)
                 break
         union = torch.stack([none, *masks]).amax(0)
-        committed = self.env.commit()
-        if signals is not None and committed:
-            self.updater.absorb(signals, union)
         held = bool((confidence > self.passes.target_probability).all())
-        return Outcome(union, used, loss, confidence, held, committed)
+        return Outcome(union, used, loss, confidence, held, self.env.trial(), signals)
 
     def _choose(self, signals: Signals, choice: Choice) -> Choice:
         """(signals, action) that decide which modules this pass touches.

@@ -1,0 +1,323 @@
+"""The engineer's path: edit a model, see that it holds, take any of it back, hand it on.
+
+    editor = hiedit.Editor.from_pretrained("my-model", method="closed-form", ledger="edits/")
+    ids = editor.edit([hiedit.EditRequest("The capital of France is", "Lyon")])
+    editor.revert(ids)
+
+Every edit is on disk before it is acknowledged; the model stays a plain transformers object.
+"""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from hiedit.backbone.model import Backbone
+from hiedit.data.neutral import NEUTRAL
+from hiedit.edited import COMMITTED, PREDICTED, REJECTED, SKIPPED, Edited, Holding, holding
+from hiedit.experiment import WORLD, load_backbone, model_path
+from hiedit.guard import Guard, Pair, Prediction, predict
+from hiedit.ledger.export import ExportReport, export_adapter, save_merged
+from hiedit.ledger.ledger import Ledger
+from hiedit.ledger.reader import Reader
+from hiedit.ledger.records import ACTIVE, FOLDED, Entry, Record
+from hiedit.ledger.verify import Verification
+from hiedit.methods import Method, build_method, configured_model, load_editor, load_method
+from hiedit.remember import Memory
+from hiedit.rl.rollout import Outcome
+from hiedit.runconfig import ModelConfig
+from hiedit.types import EditBatch, EditRequest
+from hiedit.updaters.memory import keys_to_keep, load_lifelong_state, statistics
+from hiedit.world.preserve import preservation_pairs
+
+WATCHED = 32  # prompts that every prediction of a KL looks at
+
+
+class Editor:
+    """A model, a method and a ledger. Made by ``from_pretrained``; a context manager.
+
+    watched: (prompt, answer) pairs that no edit should change, for predictions of the KL.
+    """
+
+    def __init__(
+        self, method: Method, ledger: str | Path, guard: Guard | None = None, watched=NEUTRAL
+    ):
+        self.guard, self.watched = guard or Guard(), tuple(watched)[:WATCHED]
+        self._method, self._rollout = method, method.rollout
+        self._env = method.rollout.env
+        self.ledger = Ledger(ledger, self._env.state)
+        try:
+            self._env.rewritten()
+            self._memory = Memory(method, self.ledger)
+        except BaseException:
+            self.ledger.close()
+            raise
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path | nn.Module,
+        tokenizer: Any = None,
+        method: str = "ultraedit",
+        modules: str | Sequence[str] | None = None,
+        policy: str | Path | None = None,
+        ledger: str | Path = "edits",
+        *,
+        guard: Guard | None = None,
+        preserve: Sequence[Pair] | None = None,
+        dtype: str = "auto",
+        device: str = "auto",
+        trust_remote_code: bool = False,
+        seed: int = 0,
+    ) -> Editor:
+        """Open (or begin) a ledger on a base model and replay its edits.
+
+        Args:
+            model: directory or hub name of a Hugging Face causal LM, ``world``, or a model object
+                (then ``tokenizer`` is needed; it is frozen and put into evaluation mode).
+            method: a training-free method of ``configs/method`` or a YAML file.
+            modules: names or patterns; None: the ledger's, those of ``configs/model`` for this
+                path or hub name, or a default (the MLP input projections of the middle third).
+            policy: directory of a trained editor, instead of ``method``.
+            ledger: directory of the ledger.
+            guard: limits that every edit must keep.
+            dtype: of the weights; ``auto``: that of ``configs/model``, else the checkpoint's.
+            preserve: (prompt, answer) pairs of knowledge to protect and to watch; None: facts of
+                the world for ``world``, else everyday sentences.
+
+        Raises:
+            ValueError: for a path without a model, an unknown module or method, a method that has
+                to be trained first, or a ledger of another base model.
+            LedgerError: if the ledger is being written to by another process, or is damaged.
+        """
+        named = isinstance(model, str | Path)
+        if not named and tokenizer is None:
+            raise ValueError("tokenizer=None: a model object needs its tokenizer")
+        config = None if policy else _training_free(method)
+        modules = [modules] if isinstance(modules, str) else modules
+        known = configured_model(str(model)) if named else {}
+        modules = _modules(ledger, modules) or known.get("modules")
+        if named:
+            chosen = list(modules) if modules else None
+            if dtype == "auto":
+                dtype = known.get("dtype", dtype)
+            source = ModelConfig(
+                Path(model).name, str(model), chosen, dtype, device, trust_remote_code
+            )
+            backbone = load_backbone(source)
+            if tokenizer is not None:
+                backbone.tokenizer = tokenizer
+        else:
+            backbone = Backbone(model, tokenizer, modules)
+        if preserve is None:
+            world = named and model_path(str(model)) == model_path(WORLD)
+            preserve = preservation_pairs()[0] if world else NEUTRAL
+        if policy:
+            parts = load_editor(backbone, policy, seed)
+        else:
+            parts = build_method(backbone, config, (), preserve, seed)
+        return cls(parts, ledger, guard, preserve)
+
+    @property
+    def model(self) -> nn.Module:
+        """The edited model, a plain transformers object."""
+        return self._env.backbone.model
+
+    @property
+    def tokenizer(self):
+        return self._env.backbone.tokenizer
+
+    @property
+    def modules(self) -> list[str]:
+        """The editable modules, in the model's order."""
+        return self._env.backbone.names
+
+    @property
+    def method(self) -> str:
+        return self._method.config.name
+
+    def edit(self, requests: Iterable[EditRequest]) -> list[int]:
+        """Apply the requests one after another.
+
+        Returns:
+            The ids of the edits that now answer them, in order: new ones, and the earlier id where
+            the same edit is in effect. A request that the guard rejected has none; that, and an
+            answer that contradicts an earlier edit, is a warning (``apply`` has the details).
+        """
+        ids = []
+        for done in self.apply(requests):
+            if done.conflicts:
+                warnings.warn(
+                    f"{done.request.prompt!r} was edited before, with another answer "
+                    f"(edit {done.conflicts[-1]})",
+                    stacklevel=2,
+                )
+            if done.status == REJECTED:
+                reasons = "; ".join(done.reasons)
+                warnings.warn(f"not edited: {done.request.prompt!r}: {reasons}", stacklevel=2)
+            if done.id is not None:
+                ids.append(done.id)
+        return ids
+
+    def apply(self, requests: Iterable[EditRequest], dry_run: bool = False) -> Iterator[Edited]:
+        """The same, one report per request as soon as its edit is on disk.
+
+        dry_run: only say what each request would do to the model as it is; nothing is committed,
+        so a request does not see the ones before it.
+        """
+        for request in requests:
+            yield self._one(request, dry_run)
+
+    def revert(self, ids: int | Iterable[int]) -> list[int]:
+        """Take edits out of the weights: any subset, in any order; raises as ``Ledger.revert``."""
+        return self._set(self.ledger.revert, ids)
+
+    def restore(self, ids: int | Iterable[int]) -> list[int]:
+        """Put reverted edits back at their places; raises as ``Ledger.restore``."""
+        return self._set(self.ledger.restore, ids)
+
+    def history(self) -> list[Record]:
+        """Every edit ever committed: what, when, which layers, status."""
+        return self.ledger.history()
+
+    def verify(self) -> tuple[Verification, Holding]:
+        """The integrity of the ledger, and whether its edits still hold on the model."""
+        return self.ledger.verify(), self.holding()
+
+    def holding(self) -> Holding:
+        """Ask the model as it is now about every edit in effect."""
+        return holding(self._env.backbone, self.history())
+
+    def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:
+        """The merged checkpoint, as ``AutoModelForCausalLM.from_pretrained`` loads it."""
+        return save_merged(directory, self.model, self.tokenizer, overwrite=overwrite)
+
+    def export_adapter(
+        self,
+        directory: str | Path,
+        rank: int | None = None,
+        max_error: float | None = None,
+        overwrite: bool = False,
+    ) -> ExportReport:
+        """The accumulated delta as a PEFT LoRA adapter for the base model; arguments and errors
+        as in ``hiedit.ledger.export.export_adapter``."""
+        return export_adapter(
+            directory,
+            self._env.backbone,
+            self._env.state,
+            self._rows(),
+            rank,
+            max_error,
+            str(getattr(self.model.config, "_name_or_path", "")),
+            overwrite=overwrite,
+        )
+
+    def close(self) -> None:
+        """Save what the method has learned while editing and let others write to the ledger."""
+        try:
+            self._memory.save()
+        finally:
+            self.ledger.close()
+
+    def __enter__(self) -> Editor:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self.close()
+
+    def _one(self, request: EditRequest, dry_run: bool) -> Edited:
+        start = time.perf_counter()
+        earlier = self.ledger.find(request.prompt)
+        if earlier and earlier[-1].request.target == request.target:
+            return Edited(request, SKIPPED, earlier[-1].id, ("the same edit is in effect",))
+        conflicts = tuple(r.id for r in earlier if r.request.target != request.target)
+        before = statistics(self._rollout.updater) if dry_run else None
+        try:
+            outcome = self._rollout.propose(EditBatch((request,)))
+            watched = self.watched if dry_run or self.guard.max_kl is not None else ()
+            found = predict(self._env, request, watched)
+            reasons = tuple(self._objections(outcome, found))
+            status, edit = PREDICTED, None
+            if not dry_run:
+                status = REJECTED if reasons else COMMITTED
+                edit = None if reasons else self._commit(request, outcome, found)
+        finally:
+            self._env.drop()
+            if before is not None:
+                load_lifelong_state(self._rollout.updater, before)
+        return Edited(
+            request, status, edit, reasons, conflicts, found.success, found.kl,
+            tuple(outcome.shifts), outcome.passes, time.perf_counter() - start,
+        )  # fmt: skip
+
+    def _objections(self, outcome: Outcome, found: Prediction) -> list[str]:
+        finite = all(
+            bool(s.A.isfinite().all()) and bool(s.B.isfinite().all())
+            for s in outcome.shifts.values()
+        )
+        if not finite or (not outcome.shifts and outcome.passes == 0 and not outcome.held):
+            return ["the method found no finite update for it"]
+        return self.guard.objections(found)
+
+    def _commit(self, request: EditRequest, outcome: Outcome, found: Prediction) -> int:
+        """Disk first, then the weights, then what the method remembers."""
+        report = {
+            "success": found.success, "kl": found.kl, "passes": outcome.passes,
+            "held": outcome.held,
+        }  # fmt: skip
+        kept = {}
+        if outcome.signals is not None:
+            kept = keys_to_keep(self._rollout.updater, outcome.signals, outcome.mask)
+        ids: list[int] = []
+
+        def write(shifts):
+            ids.extend(self.ledger.commit([Entry(request, shifts, self.method, report, kept)]))
+
+        self._rollout.commit(outcome, write)
+        self._memory.committed(ids[0])
+        return ids[0]
+
+    def _set(self, change, ids: int | Iterable[int]) -> list[int]:
+        changed = change([ids] if isinstance(ids, int) else ids)
+        if changed:
+            self._env.rewritten()
+        return changed
+
+    def _rows(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
+        """All active edits' factors by module; None where some were folded into a snapshot."""
+        records = self.history()
+        if any(r.status == FOLDED for r in records):
+            return None
+        parts: dict[str, list] = {}
+        for record in records:
+            if record.status == ACTIVE:
+                for name, shift in self.ledger.shifts(record.id).items():
+                    parts.setdefault(name, []).append(shift)
+        return {
+            name: (torch.cat([s.A for s in shifts]), torch.cat([s.B for s in shifts], dim=1))
+            for name, shifts in parts.items()
+        }
+
+
+def _training_free(method: str):
+    config = load_method(method)
+    if config.objective.kind != "none":
+        raise ValueError(
+            f"method={method!r} has to be trained first (python launch/train.py method={method}); "
+            "then give the directory of the trained editor as policy=RUN_DIR/editors/..."
+        )
+    return config
+
+
+def _modules(ledger: str | Path, modules: Sequence[str] | None) -> Sequence[str] | None:
+    """Those that are asked for, else those of the ledger where there is one already."""
+    if modules is not None or not (Path(ledger).expanduser() / "ledger.db").is_file():
+        return modules
+    with Reader(Path(ledger).expanduser().absolute(), None) as reader:
+        return list(reader.modules) or None
