@@ -261,8 +261,8 @@ class Editor:
             bool(s.A.isfinite().all()) and bool(s.B.isfinite().all())
             for s in outcome.shifts.values()
         )
-        if not finite or (not outcome.shifts and outcome.passes == 0 and not outcome.held):
-            return ["the method found no finite update for it"]
+        if not finite or not (outcome.shifts or outcome.held):
+            return ["the method found no finite update that lowers its loss"]
         return self.guard.objections(found)
 
     def _commit(self, request: EditRequest, outcome: Outcome, found: Prediction) -> int:
