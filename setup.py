@@ -41,8 +41,8 @@ def extension():
         flags.append("-fopenmp")
     return CppExtension(
         "hiedit._C",
-        ["csrc/ops.cpp", "csrc/kernels.cpp"],
-        depends=["csrc/kernels.h", "csrc/kernels.inl"],
+        ["csrc/ops.cpp", "csrc/kernels.cpp", "csrc/layers.cpp"],
+        depends=["csrc/kernels.h", "csrc/kernels.inl", "csrc/layers.h"],
         extra_compile_args={"cxx": flags},
         optional=True,  # a missing file is no error when setuptools copies the results
     )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from hiedit.backbone.losses import AnswerLogits
 from hiedit.backbone.modules import EditableModule, resolve_modules
-from hiedit.backbone.packing import Packing, active, packed, supports
+from hiedit.backbone.packing import Packing, active, packed, pays
 from hiedit.backbone.prefix import DEFAULT_BYTES, Prefix
 from hiedit.types import IGNORE, Shift, TokenBatch
 
@@ -109,10 +109,10 @@ class Backbone:
         return out if self._takes_keep else out[:, keep]
 
     def _packing(self, batch: TokenBatch, labelled: Tensor) -> Packing | None:
-        """How to leave out the padding of ``batch``; None where there is none, or no way."""
-        where = batch.attention.bool()
-        if bool(where.all()) or not supports(self.model, where.shape[1]):
+        """How to make one row of ``batch``; None where that gains nothing, or is not possible."""
+        if not pays(self.model, batch.attention):
             return None
+        where = batch.attention.bool()
         # An answer at the start of its sequence is predicted by padding.
         predicted = bool(where[:, :-1][labelled[:, 1:]].all())
         return Packing(where) if predicted else None
@@ -127,7 +127,7 @@ class Backbone:
             with packed(self.model, packing, last):
                 return self.model(input_ids=packing.pack(batch.ids), **kwargs).logits[0]
         states = self.prefix.tokens(batch, positions)[None]
-        with packed(self.model, packing, last), self.prefix.upper():
+        with self.prefix.upper(), packed(self.model, packing, last):
             return self.model(inputs_embeds=states, **kwargs).logits[0]
 
     @contextlib.contextmanager

@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from hiedit.backbone import fused
+
 NAME, ORIGINAL = "hiedit_packed", "sdpa"
 # Known to be right: attention goes through transformers' interface, positions are rotary.
 SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
@@ -44,6 +46,11 @@ class Packing:
     def rows(self) -> Tensor:
         """int64 [T]: the sequence of each token."""
         return self.index // self.where.shape[1]
+
+    @cached_property
+    def starts(self) -> Tensor:
+        """int64 [N + 1]: the first token of each sequence, T last."""
+        return torch.nn.functional.pad(self.where.sum(1).cumsum(0), (1, 0))
 
     @cached_property
     def rank(self) -> Tensor:
@@ -71,14 +78,16 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
 
-def supports(model: nn.Module, size: int) -> bool:
-    """Whether ``model`` may be given sequences of at most ``size`` tokens packed."""
+def pays(model: nn.Module, attention: Tensor) -> bool:
+    """Whether a batch with this ``attention`` [N, S] can be packed, and gains by it: there is
+    padding to leave out, or fused operators to use."""
     config = model.config
     window = getattr(config, "sliding_window", None)
     return (
         type(model).__name__ in SUPPORTED
         and config._attn_implementation == ORIGINAL
-        and (window is None or size <= window)
+        and (window is None or attention.shape[1] <= window)
+        and (fused.usable(model) or not bool(attention.all()))
     )
 
 
@@ -86,12 +95,14 @@ def supports(model: nn.Module, size: int) -> bool:
 def packed(model: nn.Module, packing: Packing, keep: Tensor | None = None) -> Iterator[None]:
     """Inside, ``model`` takes the tokens of ``packing`` as one row, and its last layer's MLP
     computes those at ``keep`` (int64, among the T) alone; None means all."""
-    config, previous = model.config, model.config._attn_implementation
+    inner, config, previous = model.model, model.config, model.config._attn_implementation
     _ACTIVE.append(packing)
     config._attn_implementation = NAME
-    handles = [] if keep is None else _only(model.model.layers[-1].mlp, keep)
+    handles = [] if keep is None else _only(inner.layers[-1].mlp, keep)
+    fast = fused.usable(model)
     try:
-        yield
+        with fused.fused(inner.layers, inner.norm, packing.starts) if fast else _PLAIN:
+            yield
     finally:
         for handle in handles:
             handle.remove()
@@ -127,4 +138,5 @@ def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask
 
 
 _ACTIVE: list[Packing] = []
+_PLAIN = contextlib.nullcontext()
 AttentionInterface.register(NAME, _attention)

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hiedit.backbone.bytecache import ByteCache
+from hiedit.backbone.packing import Packing, packed, pays
 from hiedit.types import TokenBatch
 
 DEFAULT_BYTES = 256 << 20
@@ -72,9 +73,8 @@ class Prefix:
             ids, attention, places = (
                 x[rows][:, used] for x in (batch.ids, batch.attention, positions)
             )
-            hidden = self._run(ids, attention, places)
-            for key, row, kept in zip(new, hidden, attention.bool(), strict=True):
-                found[key] = row[kept]  # a copy
+            for key, row in zip(new, self._run(ids, attention, places), strict=True):
+                found[key] = row.clone()  # of its own, or it would keep all of them alive
                 self.cache.put(key, found[key])
         return torch.cat([found[key] for key in keys])
 
@@ -91,15 +91,22 @@ class Prefix:
             inner.layers = layers
 
     @torch.no_grad()
-    def _run(self, ids: Tensor, attention: Tensor, positions: Tensor) -> Tensor:
-        """[N, S, H] of the lower layers, without the final norm."""
-        inner = self.model.model
+    def _run(self, ids: Tensor, attention: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
+        """By sequence, [S_i, H] of the lower layers, without the final norm."""
+        inner, where = self.model.model, attention.bool()
         layers, norm = inner.layers, inner.norm
         inner.layers, inner.norm = layers[: self.depth], nn.Identity()
         try:
-            return inner(
+            if pays(self.model, attention):
+                packing = Packing(where)
+                with packed(self.model, packing):
+                    ids, positions = packing.pack(ids), packing.pack(positions)
+                    out = inner(input_ids=ids, position_ids=positions, use_cache=False)
+                return out.last_hidden_state[0].split(where.sum(1).tolist())
+            out = inner(
                 input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False
-            ).last_hidden_state
+            )
+            return tuple(row[kept] for row, kept in zip(out.last_hidden_state, where, strict=True))
         finally:
             inner.layers, inner.norm = layers, norm
 
