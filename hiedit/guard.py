@@ -5,6 +5,7 @@ Rollout.propose -> predict -> Guard.objections -> commit or drop
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,11 +54,12 @@ class Guard:
             found.append(
                 f"success {prediction.success:.2f} is below min_success {self.min_success:g}"
             )
-        if self.max_kl is not None and prediction.kl is not None:
-            if not prediction.kl <= self.max_kl:  # also where it is not a number
-                found.append(
-                    f"KL {prediction.kl:.4f} on unrelated prompts is above max_kl {self.max_kl:g}"
-                )
+        if prediction.kl is not None and not math.isfinite(prediction.kl):
+            found.append("the edited model's answers to unrelated prompts are not finite")
+        elif self.max_kl is not None and prediction.kl is not None and prediction.kl > self.max_kl:
+            found.append(
+                f"KL {prediction.kl:.4f} on unrelated prompts is above max_kl {self.max_kl:g}"
+            )
         return found
 
 

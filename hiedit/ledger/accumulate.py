@@ -101,11 +101,41 @@ def materialize_(
     if _choose(backend, weight) == "cpp":
         torch.ops.hiedit.materialize_(weight, base, acc, start, end)
     else:
-        w, w0, a = (_range(t, start, end) for t in (weight, base, acc))
-        for part in range(0, w.numel(), _CHUNK):  # no temporary of the weight's size
-            at = slice(part, part + _CHUNK)
-            rounded = (w0[at].float() + a[at]).to(w.dtype)
-            w[at] = torch.where(a[at] == 0, w0[at], rounded)
+        _materialize_reference(weight, base, acc, start, end)
+    return _touched(weight)
+
+
+@torch.no_grad()
+def commit_(
+    weight: Tensor,
+    base: Tensor,
+    acc: Tensor,
+    A: Tensor,
+    B: Tensor,
+    scale: Tensor | None = None,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    conv1d: bool = False,
+    threads: int = 0,
+    backend: str | None = None,
+) -> Tensor:
+    """``accumulate_`` and then ``materialize_``, bit for bit, in one pass over memory.
+
+    Returns ``weight``. Arguments and errors are those of the two; every error is raised before
+    ``acc`` or ``weight`` is touched.
+    """
+    A, B = _widen(A, "A"), _widen(B, "B")
+    scale = None if scale is None else _widen(scale, "scale")
+    end = A.shape[-1] * B.shape[0] if end is None else end
+    _check_accumulate(acc, A, B, scale, start, end)
+    _check_materialize(weight, base, acc, start, end)
+    if _choose(backend, acc) == "cpp":
+        torch.ops.hiedit.commit_(weight, base, acc, A, B, scale, start, end, conv1d, threads)
+    else:
+        _accumulate_reference(acc, A, B, scale, start, end, conv1d)
+        _materialize_reference(weight, base, acc, start, end)
+    _touched(acc)
     return _touched(weight)
 
 
@@ -146,6 +176,15 @@ def _accumulate_reference(acc, A, B, scale, start, end, conv1d):
         for k in range(A.shape[0]):
             value = fma(by_row[row : row + rows, k, None], by_column[k, left:right], value)
         part.copy_(value)
+
+
+def _materialize_reference(weight, base, acc, start, end):
+    """The definition of ``materialize_``."""
+    w, w0, a = (_range(t, start, end) for t in (weight, base, acc))
+    for part in range(0, w.numel(), _CHUNK):  # no temporary of the weight's size
+        at = slice(part, part + _CHUNK)
+        rounded = (w0[at].float() + a[at]).to(w.dtype)
+        w[at] = torch.where(a[at] == 0, w0[at], rounded)
 
 
 def _rectangles(start: int, end: int, columns: int) -> Iterator[tuple[int, int, int, int]]:

@@ -2,18 +2,31 @@
 
 The accumulators are fp32 and added to in canonical order (edit, then rank row), so the weights
 are a pure function of the base weights and the committed edits (design, section 5).
+
+What holds whatever is committed: an edit changes all of its modules or none, and no NaN or Inf
+reaches a weight. A non-finite factor is easy to see; a finite pair can still overflow, in the
+product or in the weight's dtype (65504 in fp16). Looking at every result would cost a pass over
+memory that is as large as the commit itself, so a bound on ``|W_0| + |acc|`` is carried along,
+which costs a maximum over the factors, and only where it does not settle the matter is the result
+tried out beside the weights first.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from hiedit.backbone.modules import EditableModule
-from hiedit.ledger.accumulate import accumulate_, materialize_
-from hiedit.types import Shifts
+from hiedit.ledger.accumulate import DTYPES, accumulate_, commit_, materialize_
+from hiedit.types import Shift, Shifts
+
+# Rank rows of consecutive shifts that `rebuild` adds in one pass over an accumulator: enough that
+# the pass is limited by arithmetic and not by memory. No effect on the result.
+BLOCK_ROWS = 256
 
 
 class DeltaState:
@@ -22,33 +35,94 @@ class DeltaState:
     base: by name, the weights before any edit, same layout and dtype as the model's.
     acc: by name, fp32, same layout, the sum of all committed shifts; made at a module's first
     edit, so modules that no edit touches cost nothing.
+    edits: how many times ``commit`` was called since the base weights.
     """
 
     def __init__(self, modules: Mapping[str, EditableModule]):
         self.modules = modules
-        self.base: dict[str, torch.Tensor] = {}
-        self.acc: dict[str, torch.Tensor] = {}
+        self.base: dict[str, Tensor] = {}
+        self.acc: dict[str, Tensor] = {}
         self.edits = 0
+        self._peak: dict[str, float] = {}  # by name, at least max |W_0| + max |acc|
 
     @torch.no_grad()
     def commit(self, shifts: Shifts) -> None:
-        """Add ``shifts`` to the weights.
+        """Adds ``shifts`` to the weights: to all of their modules, or, if it raises, to none.
+
+        A module that the mask leaves out (every scale 0) costs nothing.
 
         Raises:
-            ValueError: on a non-finite factor, before any weight is touched.
+            ValueError: for a module that is not editable, a shape that does not fit it, a factor
+                that is not finite or a sum that the weight's dtype cannot hold; nothing was
+                changed.
         """
+        sizes = {name: self._size(name, shift) for name, shift in shifts.items()}
+        shifts = {name: shift for name, shift in shifts.items() if _active(shift)}
+        made = self._make(name for name in shifts if name not in self.acc)
+        peaks = {}
         for name, shift in shifts.items():
-            if not (bool(shift.A.isfinite().all()) and bool(shift.B.isfinite().all())):
-                raise ValueError(f"commit: the shift of {name} is not finite; nothing was changed")
+            base, acc, peak = made.get(name) or self._held(name)
+            peaks[name] = peak + sizes[name]
+            if not peaks[name] <= _limit(base):  # true for NaN as well
+                peaks[name] = self._try(name, shift, base, acc, sizes[name])
+        self._hold(made)
+        self._peak.update(peaks)
         for name, shift in shifts.items():
             module = self.modules[name]
-            weight = module.weight.data
-            if name not in self.acc:
-                self.base[name] = weight.clone()
-                self.acc[name] = torch.zeros_like(weight, dtype=torch.float32)
-            accumulate_(self.acc[name], shift.A, shift.B, shift.scale, conv1d=module.conv1d)
-            materialize_(weight, self.base[name], self.acc[name])
+            weight, base, acc = module.weight.data, self.base[name], self.acc[name]
+            commit_(weight, base, acc, shift.A, shift.B, shift.scale, conv1d=module.conv1d)
         self.edits += 1
+
+    @torch.no_grad()
+    def rebuild(
+        self,
+        names: Iterable[str],
+        shifts: Iterable[Shifts],
+        start: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Makes the modules ``names`` what committing ``shifts`` alone would have made them.
+
+        For reverts, restores and reopening: same bits as base weights and one ``commit`` after
+        the other. Other modules, also those in ``shifts``, stay as they are, and so does
+        ``edits``. A module that nothing was added to gets its base weight back, bit for bit, and
+        its accumulator is given up. The new accumulators are made beside the old ones (4 bytes
+        per element of ``names`` meanwhile): an error, also one that ``shifts`` raises as it is
+        read, leaves everything as it was.
+
+        Args:
+            names: modules to compute anew.
+            shifts: in canonical order; consumed once, a few hundred rank rows held at a time.
+            start: by name, the accumulator to begin with (fp32, the weight's layout; copied)
+                instead of zeros: a snapshot of the edits before ``shifts``.
+
+        Raises:
+            ValueError: as ``commit``, or for a ``start`` that does not fit.
+        """
+        names = list(dict.fromkeys(names))
+        found: dict[str, tuple[Tensor, Tensor, float]] = {}
+        for name in names:
+            self._check_module(name)
+            if start is not None and name in start:
+                found[name] = self._begin(name, start[name])
+        waiting: dict[str, list[Shift]] = {name: [] for name in names}
+        for edit in shifts:
+            for name in (name for name in edit if name in waiting):
+                size = self._size(name, edit[name])
+                if not _active(edit[name]):
+                    continue
+                base, acc, peak = found.get(name) or self._begin(name)
+                found[name] = base, acc, peak + size
+                waiting[name].append(edit[name])
+                if sum(shift.rank for shift in waiting[name]) >= BLOCK_ROWS:
+                    self._add(acc, name, waiting[name])
+                    waiting[name] = []
+        for name, rest in waiting.items():
+            if rest:
+                self._add(found[name][1], name, rest)
+        for name, (base, acc, peak) in found.items():
+            if not peak <= _limit(base):
+                found[name] = base, acc, _checked(name, base, acc)
+        self._replace(names, found)
 
     @torch.no_grad()
     def reset(self) -> None:
@@ -56,6 +130,7 @@ class DeltaState:
         for name, base in self.base.items():
             self.modules[name].weight.data.copy_(base)
             self.acc[name].zero_()
+            self._peak[name] = _largest(base)
         self.edits = 0
 
     @contextlib.contextmanager
@@ -76,3 +151,121 @@ class DeltaState:
             name: float(self.acc[name].norm() / base.float().norm().clamp(min=1e-12))
             for name, base in self.base.items()
         }
+
+    def _held(self, name: str) -> tuple[Tensor, Tensor, float]:
+        return self.base[name], self.acc[name], self._peak[name]
+
+    def _make(self, names: Iterable[str]) -> dict[str, tuple[Tensor, Tensor, float]]:
+        """(base, zero accumulator, peak) of modules at their first edit, not yet held."""
+        return {name: self._begin(name) for name in names}
+
+    def _hold(self, made: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
+        for name, (base, acc, peak) in made.items():
+            self.base[name], self.acc[name], self._peak[name] = base, acc, peak
+
+    def _begin(self, name: str, start: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
+        """(base, a new accumulator, peak) of a module; the base is copied if it was not yet."""
+        weight = self.modules[name].weight.data
+        base = self.base[name] if name in self.base else weight.clone()
+        if start is None:
+            return base, torch.zeros_like(weight, dtype=torch.float32), _largest(base)
+        if start.shape != weight.shape or start.dtype != torch.float32:
+            raise ValueError(
+                f"the starting accumulator of {name} is {start.dtype} {tuple(start.shape)}: it "
+                f"must be torch.float32 {tuple(weight.shape)}"
+            )
+        acc = torch.empty_like(weight, dtype=torch.float32).copy_(start)
+        return base, acc, _largest(base) + _largest(acc)
+
+    def _check_module(self, name: str) -> None:
+        if name not in self.modules:
+            known = ", ".join(self.modules)
+            raise ValueError(f"{name} is not an editable module; these are: {known}")
+        weight = self.modules[name].weight
+        if weight.dtype not in DTYPES or not weight.is_contiguous():
+            raise ValueError(
+                f"the weight of {name} is {weight.dtype} with strides {weight.stride()}: it must "
+                f"be contiguous and one of {DTYPES}"
+            )
+
+    def _size(self, name: str, shift: Shift) -> float:
+        """At least the largest magnitude of any element of a shift; raises where it is unfit."""
+        self._check_module(name)
+        module, A, B = self.modules[name], shift.A, shift.B
+        rank = shift.rank
+        if A.shape != (rank, module.in_features) or B.shape != (module.out_features, rank):
+            raise ValueError(
+                f"the shift of {name} has A {tuple(A.shape)} and B {tuple(B.shape)}: A must be "
+                f"[r, {module.in_features}] and B [{module.out_features}, r]"
+            )
+        if shift.scale is not None and shift.scale.shape != (rank,):
+            raise ValueError(
+                f"the shift of {name} has scale {tuple(shift.scale.shape)}: it must be [{rank}]"
+            )
+        a, b = _largest(A), _largest(B)
+        s = 1.0 if shift.scale is None else _largest(shift.scale)
+        if not math.isfinite(a + b + s):
+            raise ValueError(f"the shift of {name} is not finite; nothing was changed")
+        left = b * s  # rounded to fp32 in the accumulation, where it could become infinite
+        return math.inf if left > _limit(torch.float32) else rank * left * a
+
+    def _try(self, name: str, shift: Shift, base: Tensor, acc: Tensor, size: float) -> float:
+        """The peak after ``shift`` where the bound that was carried along is too coarse."""
+        peak = _largest(base) + _largest(acc) + size
+        if peak <= _limit(base):
+            return peak
+        trial = acc.clone()
+        self._add(trial, name, [shift])
+        return _checked(name, base, trial)
+
+    def _add(self, acc: Tensor, name: str, shifts: Sequence[Shift]) -> None:
+        """Adds consecutive shifts at once: the order of rank rows is all that matters."""
+        A = torch.cat([shift.A.float() for shift in shifts])
+        B = torch.cat([shift.B.float() for shift in shifts], 1)
+        ones = [A.new_ones(s.rank) if s.scale is None else s.scale.float() for s in shifts]
+        accumulate_(acc, A, B, torch.cat(ones), conv1d=self.modules[name].conv1d)
+
+    def _replace(
+        self, names: Iterable[str], found: Mapping[str, tuple[Tensor, Tensor, float]]
+    ) -> None:
+        """``found`` becomes the state of ``names``; those without are the base weights again."""
+        for name in names:
+            weight = self.modules[name].weight.data
+            if name in found:
+                self._hold({name: found[name]})
+                materialize_(weight, self.base[name], self.acc[name])
+            elif name in self.base:
+                weight.copy_(self.base[name])
+                del self.base[name], self.acc[name], self._peak[name]
+
+
+def _active(shift: Shift) -> bool:
+    """Whether any rank row takes part."""
+    return shift.rank > 0 and (shift.scale is None or bool(shift.scale.any()))
+
+
+def _largest(t: Tensor) -> float:
+    """max |t|; NaN or inf where t has one, 0 where it is empty. No copy of t is made."""
+    if t.numel() == 0:
+        return 0.0
+    low, high = torch.aminmax(t)
+    return max(-low.item(), high.item()) if not low.isnan() else math.nan
+
+
+def _limit(of: Tensor | torch.dtype) -> float:
+    """A bound up to here proves the sum finite: the half leaves room for every rounding."""
+    dtype = of if isinstance(of, torch.dtype) else of.dtype
+    return torch.finfo(dtype).max / 2
+
+
+def _checked(name: str, base: Tensor, acc: Tensor) -> float:
+    """max |W_0| + max |acc| if their rounded sum is finite; made beside the weight, so slow."""
+    weight = materialize_(torch.empty_like(base), base, acc)
+    peaks = _largest(base), _largest(acc), _largest(weight)
+    if not all(map(math.isfinite, peaks)):
+        raise ValueError(
+            f"{name}: the weight plus the shifts is not finite in {base.dtype} "
+            f"(largest base weight {peaks[0]:.3g}, largest sum of shifts {peaks[1]:.3g}); "
+            "nothing was changed"
+        )
+    return peaks[0] + peaks[1]
