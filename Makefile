@@ -5,7 +5,7 @@
 #             TORCH_FLAGS=...     for pip when it installs torch; on a machine without a GPU
 #                                 "--index-url https://download.pytorch.org/whl/cpu" avoids the
 #                                 gigabytes of CUDA that the default build brings along
-#             ARGS=...            passed on to the demo, to pytest or to the benchmark
+#             ARGS=...            passed on to the demo, to pytest or to benchmarks/train_step.py
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .ONESHELL:
@@ -35,8 +35,9 @@ lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP) ## seconds per training edit, beside the published procedure
+bench: $(STAMP) ## seconds per training edit and per commit, beside the published ways
 	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/python benchmarks/ledger_commit.py
 
 clean: ## removes .venv and everything built; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info hiedit/_C*.so .pytest_cache .ruff_cache .hypothesis

@@ -45,7 +45,9 @@ struct Vec {
     return r;
   }
 };
-static void add_fp16(uint16_t* out, const uint16_t* base, const float* acc, int64_t n) {
+static void materialize_fp16(void* to, const void* from, const float* acc, int64_t n) {
+  auto* out = static_cast<uint16_t*>(to);
+  auto* base = static_cast<const uint16_t*>(from);
   for (int64_t i = 0; i < n; ++i) {
     if (acc[i] == 0.0f) {
       out[i] = base[i];
@@ -56,7 +58,7 @@ static void add_fp16(uint16_t* out, const uint16_t* base, const float* acc, int6
   }
 }
 #include "kernels.inl"
-const Kernels table = {"generic", accumulate, materialize_bf16, add_fp16, materialize_fp32};
+const Kernels table = {"generic", accumulate, materialize_bf16, materialize_fp16, materialize_fp32};
 }  // namespace generic
 #undef HIEDIT_TARGET
 
@@ -86,8 +88,10 @@ HIEDIT_TARGET static inline void add_fp16_8(uint16_t* out, const uint16_t* base,
       _mm_packs_epi32(_mm256_castsi256_si128(zero), _mm256_extracti128_si256(zero, 1));
   _mm_storeu_si128(reinterpret_cast<__m128i*>(out), _mm_blendv_epi8(rounded, kept, mask));
 }
-HIEDIT_TARGET static void add_fp16(uint16_t* out, const uint16_t* base, const float* acc,
-                                   int64_t n) {
+HIEDIT_TARGET static void materialize_fp16(void* to, const void* from, const float* acc,
+                                           int64_t n) {
+  auto* out = static_cast<uint16_t*>(to);
+  auto* base = static_cast<const uint16_t*>(from);
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) add_fp16_8(out + i, base + i, acc + i);
   if (i == n) return;
@@ -99,7 +103,7 @@ HIEDIT_TARGET static void add_fp16(uint16_t* out, const uint16_t* base, const fl
   std::memcpy(out + i, o, (n - i) * sizeof(uint16_t));
 }
 #include "kernels.inl"
-const Kernels table = {"avx2", accumulate, materialize_bf16, add_fp16, materialize_fp32};
+const Kernels table = {"avx2", accumulate, materialize_bf16, materialize_fp16, materialize_fp32};
 }  // namespace avx2
 #undef HIEDIT_TARGET
 #endif

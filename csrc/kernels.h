@@ -22,15 +22,26 @@ struct Packed {
   int64_t width;  // C
 };
 
+// out = round_to_nearest_even(base + acc), n elements of the weight's dtype; base's own bits where
+// acc is zero.
+using Round = void (*)(void* out, const void* base, const float* acc, int64_t n);
+
+// The weight that a commit writes as it goes. Addresses are those of flat position 0; of a shard
+// they may lie before its storage, which is why they are integers.
+struct Weights {
+  intptr_t out, base;
+  int64_t size;  // bytes of one element
+  Round round;
+};
+
 struct Kernels {
   const char* name;
   // acc[p - origin] for every position p in [begin, end): for k = 0..rank-1, in this order,
-  // acc = fma(row[k], column[k], acc).
-  void (*accumulate)(float* acc, int64_t origin, const Packed& packed, int64_t begin, int64_t end);
-  // out = round_to_nearest_even(base + acc), n elements; base's own bits where acc is zero.
-  void (*materialize_bf16)(uint16_t* out, const uint16_t* base, const float* acc, int64_t n);
-  void (*materialize_fp16)(uint16_t* out, const uint16_t* base, const float* acc, int64_t n);
-  void (*materialize_fp32)(float* out, const float* base, const float* acc, int64_t n);
+  // acc = fma(row[k], column[k], acc). Where weights are given, they are written while acc is in
+  // the cache.
+  void (*accumulate)(float* acc, int64_t origin, const Packed& packed, int64_t begin, int64_t end,
+                     const Weights* weights);
+  Round materialize_bf16, materialize_fp16, materialize_fp32;
 };
 
 // The fastest set that this CPU runs; all sets give the same bits. HIEDIT_SIMD=generic (read at

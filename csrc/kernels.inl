@@ -63,8 +63,8 @@ HIEDIT_TARGET void strip(float* acc, const Packed& packed, const float* rows, in
   }
 }
 
-HIEDIT_TARGET void accumulate(float* acc, int64_t origin, const Packed& packed, int64_t begin,
-                              int64_t end) {
+HIEDIT_TARGET void accumulate_part(float* acc, int64_t origin, const Packed& packed, int64_t begin,
+                                   int64_t end) {
   const int64_t width = packed.width, rank = packed.rank;
   // Address of column 0 of a row. It may lie before the storage of a shard, hence the integer sum.
   const auto row_address = [&](int64_t row) {
@@ -85,7 +85,7 @@ HIEDIT_TARGET void accumulate(float* acc, int64_t origin, const Packed& packed, 
   if (tail != 0) strip<1>(row_address(last), packed, row_factors(last), 0, tail);
 
   // Column blocks whose panels stay in the second-level cache while all rows pass by.
-  constexpr int64_t kBytes = 128 * 1024;
+  constexpr int64_t kBytes = 192 * 1024;
   const int64_t per_panel = rank * kPanel * int64_t{sizeof(float)};
   const int64_t block = std::max(kBytes / per_panel, int64_t{1}) * kPanel;
   for (int64_t lo = 0; lo < width; lo += block) {
@@ -98,11 +98,31 @@ HIEDIT_TARGET void accumulate(float* acc, int64_t origin, const Packed& packed, 
   }
 }
 
+// With weights, in chunks of whole rows that the last-level cache still holds when they are
+// rounded. Rounding strip by strip would need less cache and was slower: many short streams of
+// memory instead of three long ones (docs/benchmarks.md).
+HIEDIT_TARGET void accumulate(float* acc, int64_t origin, const Packed& packed, int64_t begin,
+                              int64_t end, const Weights* weights) {
+  if (weights == nullptr) return accumulate_part(acc, origin, packed, begin, end);
+  constexpr int64_t kBytes = 1536 * 1024;
+  const int64_t strip_bytes = kTileRows * packed.width * int64_t{sizeof(float)};
+  const int64_t rows = std::max(kBytes / strip_bytes, int64_t{1}) * kTileRows;
+  for (int64_t from = begin; from < end;) {
+    const int64_t to = std::min((from / packed.width + rows) * packed.width, end);
+    accumulate_part(acc, origin, packed, from, to);
+    weights->round(reinterpret_cast<void*>(weights->out + from * weights->size),
+                   reinterpret_cast<const void*>(weights->base + from * weights->size),
+                   acc + (from - origin), to - from);
+    from = to;
+  }
+}
+
 // Selects instead of branches, so that these loops vectorise. A zero accumulator returns the
 // base's own bits: -0.0 + 0.0 would be +0.0, and a weight whose edits are all reverted must be the
 // base weight bit for bit.
-HIEDIT_TARGET void materialize_bf16(uint16_t* out, const uint16_t* base, const float* acc,
-                                    int64_t n) {
+HIEDIT_TARGET void materialize_bf16(void* to, const void* from, const float* acc, int64_t n) {
+  auto* out = static_cast<uint16_t*>(to);
+  auto* base = static_cast<const uint16_t*>(from);
   HIEDIT_IVDEP
   for (int64_t i = 0; i < n; ++i) {
     const uint32_t wide = static_cast<uint32_t>(base[i]) << 16;
@@ -118,7 +138,9 @@ HIEDIT_TARGET void materialize_bf16(uint16_t* out, const uint16_t* base, const f
   }
 }
 
-HIEDIT_TARGET void materialize_fp32(float* out, const float* base, const float* acc, int64_t n) {
+HIEDIT_TARGET void materialize_fp32(void* to, const void* from, const float* acc, int64_t n) {
+  auto* out = static_cast<float*>(to);
+  auto* base = static_cast<const float*>(from);
   HIEDIT_IVDEP
   for (int64_t i = 0; i < n; ++i) {
     const float kept = base[i], sum = kept + acc[i];

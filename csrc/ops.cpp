@@ -121,9 +121,10 @@ void check_factors(const at::Tensor& A, const at::Tensor& B,
               A.size(0), ", got ", scale->sizes());
 }
 
-void accumulate_(at::Tensor& acc, const at::Tensor& A, const at::Tensor& B,
-                 const std::optional<at::Tensor>& scale, int64_t start, int64_t end, bool conv1d,
-                 int64_t threads) {
+// Checks the arguments of an update and returns the position of acc's first element.
+int64_t check_accumulate(const at::Tensor& acc, const at::Tensor& A, const at::Tensor& B,
+                         const std::optional<at::Tensor>& scale, int64_t start, int64_t end,
+                         int64_t threads) {
   check_fp32(acc, "acc");
   check_factors(A, B, scale);
   const int64_t total = A.size(1) * B.size(0);
@@ -135,13 +136,50 @@ void accumulate_(at::Tensor& acc, const at::Tensor& A, const at::Tensor& B,
               " must hold the range [", start, ", ", end, ") or the whole weight of ", total,
               " elements");
   TORCH_CHECK(threads >= 0, "threads must be 0 (torch's number) or more, got ", threads);
+  return origin;
+}
 
+// Checks W and W0 and returns where position 0 of each is.
+Weights weights_of(at::Tensor& W, const at::Tensor& W0, int64_t start, int64_t end) {
+  const auto dtype = W.scalar_type();
+  TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat,
+              "W must be bfloat16, float16 or float32, got ", dtype);
+  TORCH_CHECK(W0.scalar_type() == dtype, "W0 must have W's dtype ", dtype, ", got ",
+              W0.scalar_type());
+  TORCH_CHECK(0 <= start && start <= end, "range [", start, ", ", end, ") is not a range");
+  const int64_t size = W.element_size();
+  const int64_t out = origin_of(W, "W", start, end), base = origin_of(W0, "W0", start, end);
+  const Kernels& k = kernels();
+  return {reinterpret_cast<intptr_t>(W.mutable_data_ptr()) - out * size,
+          reinterpret_cast<intptr_t>(W0.const_data_ptr()) - base * size, size,
+          dtype == at::kFloat  ? k.materialize_fp32
+          : dtype == at::kHalf ? k.materialize_fp16
+                               : k.materialize_bf16};
+}
+
+void round_into(const Weights& w, const at::Tensor& acc, int64_t origin, int64_t start,
+                int64_t end, int64_t threads) {
+  const float* a = acc.const_data_ptr<float>() + (start - origin);
+  spread(end - start, kGrain, threads, [&](int64_t from, int64_t to) {
+    const int64_t at = (start + from) * w.size;
+    w.round(reinterpret_cast<void*>(w.out + at), reinterpret_cast<const void*>(w.base + at),
+            a + from, to - from);
+  });
+}
+
+// The work of accumulate_ and, with weights, of commit_.
+void add(at::Tensor& acc, int64_t origin, const at::Tensor& A, const at::Tensor& B,
+         const std::optional<at::Tensor>& scale, int64_t start, int64_t end, bool conv1d,
+         int64_t threads, const Weights* weights) {
   const at::Tensor a = A.contiguous(), b = B.contiguous();
   const std::optional<at::Tensor> s =
       scale ? std::optional<at::Tensor>(scale->contiguous()) : std::nullopt;
   const std::vector<int64_t> active = active_rows(s, a.size(0));
-  if (active.empty() || start == end) return;
-
+  if (start == end) return;
+  if (active.empty()) {
+    if (weights != nullptr) round_into(*weights, acc, origin, start, end, threads);
+    return;
+  }
   const int64_t rank = a.size(0), in = a.size(1), out = b.size(0);
   const Factor fa{a.const_data_ptr<float>(), 1, in, in, nullptr};
   const Factor fb{b.const_data_ptr<float>(), rank, 1, out,
@@ -157,40 +195,30 @@ void accumulate_(at::Tensor& acc, const at::Tensor& A, const at::Tensor& B,
   float* data = acc.mutable_data_ptr<float>();
   const Kernels& k = kernels();
   spread(end - start, kGrain, threads, [&](int64_t from, int64_t to) {
-    k.accumulate(data, origin, packed, start + from, start + to);
+    k.accumulate(data, origin, packed, start + from, start + to, weights);
   });
+}
+
+void accumulate_(at::Tensor& acc, const at::Tensor& A, const at::Tensor& B,
+                 const std::optional<at::Tensor>& scale, int64_t start, int64_t end, bool conv1d,
+                 int64_t threads) {
+  const int64_t origin = check_accumulate(acc, A, B, scale, start, end, threads);
+  add(acc, origin, A, B, scale, start, end, conv1d, threads, nullptr);
 }
 
 void materialize_(at::Tensor& W, const at::Tensor& W0, const at::Tensor& acc, int64_t start,
                   int64_t end) {
   check_fp32(acc, "acc");
-  const auto dtype = W.scalar_type();
-  TORCH_CHECK(dtype == at::kBFloat16 || dtype == at::kHalf || dtype == at::kFloat,
-              "W must be bfloat16, float16 or float32, got ", dtype);
-  TORCH_CHECK(W0.scalar_type() == dtype, "W0 must have W's dtype ", dtype, ", got ",
-              W0.scalar_type());
-  TORCH_CHECK(0 <= start && start <= end, "range [", start, ", ", end, ") is not a range");
-  const int64_t n = end - start;
-  const int64_t w_at = start - origin_of(W, "W", start, end);
-  const int64_t base_at = start - origin_of(W0, "W0", start, end);
-  const int64_t acc_at = start - origin_of(acc, "acc", start, end);
+  const Weights weights = weights_of(W, W0, start, end);
+  round_into(weights, acc, origin_of(acc, "acc", start, end), start, end, 0);
+}
 
-  const Kernels& k = kernels();
-  const float* a = acc.const_data_ptr<float>() + acc_at;
-  if (dtype == at::kFloat) {
-    float* w = W.mutable_data_ptr<float>() + w_at;
-    const float* w0 = W0.const_data_ptr<float>() + base_at;
-    spread(n, kGrain, 0, [&](int64_t from, int64_t to) {
-      k.materialize_fp32(w + from, w0 + from, a + from, to - from);
-    });
-    return;
-  }
-  uint16_t* w = static_cast<uint16_t*>(W.mutable_data_ptr()) + w_at;
-  const uint16_t* w0 = static_cast<const uint16_t*>(W0.const_data_ptr()) + base_at;
-  const auto loop = dtype == at::kHalf ? k.materialize_fp16 : k.materialize_bf16;
-  spread(n, kGrain, 0, [&](int64_t from, int64_t to) {
-    loop(w + from, w0 + from, a + from, to - from);
-  });
+void commit_(at::Tensor& W, const at::Tensor& W0, at::Tensor& acc, const at::Tensor& A,
+             const at::Tensor& B, const std::optional<at::Tensor>& scale, int64_t start,
+             int64_t end, bool conv1d, int64_t threads) {
+  const int64_t origin = check_accumulate(acc, A, B, scale, start, end, threads);
+  const Weights weights = weights_of(W, W0, start, end);
+  add(acc, origin, A, B, scale, start, end, conv1d, threads, &weights);
 }
 
 std::string instruction_set() { return kernels().name; }
@@ -202,12 +230,16 @@ TORCH_LIBRARY(hiedit, m) {
       "accumulate_(Tensor(a!) acc, Tensor A, Tensor B, Tensor? scale, int start, int end, "
       "bool conv1d, int threads) -> ()");
   m.def("materialize_(Tensor(a!) W, Tensor W0, Tensor acc, int start, int end) -> ()");
+  m.def(
+      "commit_(Tensor(a!) W, Tensor W0, Tensor(b!) acc, Tensor A, Tensor B, Tensor? scale, "
+      "int start, int end, bool conv1d, int threads) -> ()");
   m.def("instruction_set() -> str", &instruction_set);
 }
 
 TORCH_LIBRARY_IMPL(hiedit, CPU, m) {
   m.impl("accumulate_", &accumulate_);
   m.impl("materialize_", &materialize_);
+  m.impl("commit_", &commit_);
 }
 
 }  // namespace hiedit

@@ -15,7 +15,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
 from hiedit.backbone.model import Backbone
@@ -25,8 +24,9 @@ from hiedit.experiment import WORLD, load_backbone, model_path
 from hiedit.guard import Guard, Pair, Prediction, predict
 from hiedit.ledger.export import ExportReport, export_adapter, save_merged
 from hiedit.ledger.ledger import Ledger
+from hiedit.ledger.offline import active_rows
 from hiedit.ledger.reader import Reader
-from hiedit.ledger.records import ACTIVE, FOLDED, Entry, Record
+from hiedit.ledger.records import Entry, Record
 from hiedit.ledger.verify import Verification
 from hiedit.methods import Method, build_method, configured_model, load_editor, load_method
 from hiedit.remember import Memory
@@ -51,6 +51,7 @@ class Editor:
         self.guard, self.watched = guard or Guard(), tuple(watched)[:WATCHED]
         self._method, self._rollout = method, method.rollout
         self._env = method.rollout.env
+        self._committed = False
         self.ledger = Ledger(ledger, self._env.state)
         try:
             self._env.rewritten()
@@ -211,7 +212,7 @@ class Editor:
             directory,
             self._env.backbone,
             self._env.state,
-            self._rows(),
+            active_rows(self.history(), self.ledger.shifts),
             rank,
             max_error,
             str(getattr(self.model.config, "_name_or_path", "")),
@@ -219,9 +220,14 @@ class Editor:
         )
 
     def close(self) -> None:
-        """Save what the method has learned while editing and let others write to the ledger."""
+        """Save what the method has learned while editing and let others write to the ledger.
+
+        Where nothing was committed, nothing is saved: a dry run with another method would else
+        take the place of the memory of the one that edits.
+        """
         try:
-            self._memory.save()
+            if self._committed:
+                self._memory.save()
         finally:
             self.ledger.close()
 
@@ -280,6 +286,7 @@ class Editor:
             ids.extend(self.ledger.commit([Entry(request, shifts, self.method, report, kept)]))
 
         self._rollout.commit(outcome, write)
+        self._committed = True
         self._memory.committed(ids[0])
         return ids[0]
 
@@ -288,21 +295,6 @@ class Editor:
         if changed:
             self._env.rewritten()
         return changed
-
-    def _rows(self) -> dict[str, tuple[torch.Tensor, torch.Tensor]] | None:
-        """All active edits' factors by module; None where some were folded into a snapshot."""
-        records = self.history()
-        if any(r.status == FOLDED for r in records):
-            return None
-        parts: dict[str, list] = {}
-        for record in records:
-            if record.status == ACTIVE:
-                for name, shift in self.ledger.shifts(record.id).items():
-                    parts.setdefault(name, []).append(shift)
-        return {
-            name: (torch.cat([s.A for s in shifts]), torch.cat([s.B for s in shifts], dim=1))
-            for name, shifts in parts.items()
-        }
 
 
 def _training_free(method: str):

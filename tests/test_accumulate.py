@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hiedit import extension
-from hiedit.ledger.accumulate import accumulate_, fma, materialize_
+from hiedit.ledger.accumulate import DTYPES, accumulate_, commit_, fma, materialize_
 
 built = extension.load()
 needs_cpp = pytest.mark.skipif(not built.available, reason=f"hiedit._C: {built.reason}")
@@ -272,6 +272,31 @@ def test_materialize_in_ranges_shards_and_in_place(backend):
 
 
 @backend
+@orientation
+@pytest.mark.parametrize("dtype", DTYPES, ids=["bf16", "fp16", "fp32"])
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPES_IDS)
+def test_a_commit_is_both_in_one_pass(shape, dtype, conv1d, backend):
+    """Of a whole weight, and of shards and ranges that cut through rows, at any thread count."""
+    for scale in ("none", "mixed", "zeros"):
+        A, B, s, acc = factors(shape, scale=scale)
+        base = torch.randn(len(acc), generator=torch.Generator().manual_seed(9)).to(dtype)
+        base[0], acc[0] = -0.0, 0.0
+        summed = accumulate_(acc.clone(), A, B, s, conv1d=conv1d, backend="reference")
+        expected = materialize_(base.clone(), base, summed, backend="reference")
+        cuts = sorted({0, len(acc) // 3, len(acc) * 5 // 7, len(acc)})
+        for ends in [(0, len(acc)), cuts]:
+            weight, whole, shards = base * math.nan, acc.clone(), []
+            for start, end in zip(ends, ends[1:], strict=False):
+                at = {"start": start, "end": end, "conv1d": conv1d, "backend": backend}
+                commit_(weight, base, whole, A, B, s, threads=start % 3, **at)
+                shard = base[start:end].clone()  # in place, W_0 given as a whole
+                shards.append(commit_(shard, base, acc[start:end].clone(), A, B, s, **at))
+            assert_same_bits(whole, summed)
+            assert_same_bits(weight, expected)
+            assert_same_bits(torch.cat(shards), expected)
+
+
+@backend
 def test_small_shifts_are_not_lost(backend, capsys):
     """400 shifts of relative size 5e-5 on a bf16 weight: where `W += shift` loses nearly all."""
     n = 1024 if backend == "cpp" else 96  # the reference is slow
@@ -330,6 +355,12 @@ def test_wrong_weights(backend):
         materialize_(w, w, torch.zeros(5), backend=backend)
     with pytest.raises(ValueError, match="weight must be contiguous"):
         materialize_(w.T, w.T, ACC, backend=backend)
+    acc = torch.zeros(4, 3)
+    with pytest.raises(ValueError, match="share one of"):
+        commit_(w, w.float(), acc, A, B, backend=backend)
+    with pytest.raises(ValueError, match="scale must be"):
+        commit_(w, w.clone(), acc, A, B, torch.ones(3), backend=backend)
+    assert not acc.any() and not w.any()
 
 
 @needs_cpp
@@ -345,6 +376,9 @@ def test_the_operators_check_too():
         (lambda: ops.accumulate_(ACC, A, B, None, 0, 12, False, -1), "threads"),
         (lambda: ops.materialize_(ACC, ACC, torch.zeros(5), 0, 12), r"\[5\]"),
         (lambda: ops.materialize_(ACC.double(), ACC, ACC, 0, 12), "W must be"),
+        (lambda: ops.commit_(ACC, ACC.half(), ACC, A, B, None, 0, 12, False, 0), "W0 must have"),
+        (lambda: ops.commit_(ACC, ACC, ACC, A, B, None, 0, 13, False, 0), r"\[0, 13\)"),
+        (lambda: ops.commit_(ACC, torch.zeros(5), ACC, A, B, None, 0, 12, False, 0), r"\[5\]"),
     ]:
         with pytest.raises(RuntimeError, match=message):
             call()

@@ -1,49 +1,19 @@
-"""`hiedit`: the command line. Every command is a thin shell over a room of the library."""
+"""Training and measuring: `hiedit demo`, `evaluate`, `doctor`, `world build`."""
 
 from __future__ import annotations
 
 import dataclasses
-import sys
-from collections.abc import Callable
-from functools import wraps
 from pathlib import Path
 from typing import Annotated
 
-try:
-    import typer
-except ImportError:  # the core works without the command line
-    sys.exit("the `hiedit` command needs typer and rich: pip install 'hiedit[cli]'")
+import typer
 
-from hiedit.parallel import WorkerDied  # noqa: E402
+from hiedit.cli.shared import app, friendly
 
-app = typer.Typer(
-    help="Lifelong model editing: correct facts in a language model, thousands of times.\n\n"
-    "Start with `hiedit demo`. Training: `python launch/train.py --help`.",
-    no_args_is_help=True,
-    pretty_exceptions_enable=False,
-    add_completion=False,
-)
 world_app = typer.Typer(help="The embedded world: a small Llama that knows real facts.")
 app.add_typer(world_app, name="world", no_args_is_help=True)
 
 DEMO_METHODS = "no-edit,ultraedit,static,rledit,random,hiedit"
-
-
-def friendly(command: Callable) -> Callable:
-    """A user's mistake is one line on standard error and exit status 2, never a traceback."""
-
-    @wraps(command)
-    def wrapper(*args, **kwargs):
-        try:
-            return command(*args, **kwargs)
-        except (ValueError, ImportError, FileNotFoundError, WorkerDied) as error:
-            typer.secho(f"error: {error}", fg="red", err=True)
-            raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.secho("stopped", err=True)
-            raise typer.Exit(130) from None
-
-    return wrapper
 
 
 @app.command()
@@ -163,12 +133,3 @@ def world_build(
         f"{recall['facts']} facts; recalled by free generation: seen phrasings "
         f"{recall['seen']:.1%}, held-out phrasings {recall['heldout']:.1%}; written to {out}"
     )
-
-
-def main() -> None:
-    """Entry point of the `hiedit` command."""
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,5 @@
+"""`python -m hiedit.cli` is `hiedit`."""
+
+from hiedit.cli import main
+
+main()

@@ -1,0 +1,150 @@
+"""`hiedit edit`: requests from a file or a pipe, each on disk before it is acknowledged."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from hiedit.cli.shared import (
+    DEFAULT_LEDGER,
+    DeviceOption,
+    DtypeOption,
+    LedgerOption,
+    ModelOption,
+    TrustOption,
+    app,
+    friendly,
+)
+from hiedit.progress import Progress, Update
+
+STDIN = Path("-")
+
+
+@app.command()
+@friendly
+def edit(
+    model: ModelOption,
+    source: Annotated[
+        Path, typer.Option("--input", help="JSONL or JSON file, or - for JSONL on standard input")
+    ],
+    ledger: LedgerOption = DEFAULT_LEDGER,
+    method: Annotated[
+        str, typer.Option(help="a training-free method (configs/method), or a YAML file")
+    ] = "closed-form",
+    policy: Annotated[
+        Path | None, typer.Option(help="directory of a trained editor, instead of --method")
+    ] = None,
+    modules: Annotated[
+        list[str] | None,
+        typer.Option(help="editable modules (repeatable); default: the ledger's, else see README"),
+    ] = None,
+    max_kl: Annotated[
+        float | None, typer.Option(help="reject edits that move unrelated prompts by more (nats)")
+    ] = None,
+    min_success: Annotated[
+        float | None, typer.Option(help="reject edits that answer a smaller share of their prompts")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="say what each edit would do; commit nothing")
+    ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="one line of JSON per row (always so with --input -)")
+    ] = False,
+    schema: Annotated[str | None, typer.Option(help="records' schema; default: recognise")] = None,
+    skip_bad_rows: Annotated[
+        bool, typer.Option("--skip-bad-rows", help="malformed rows are no failure")
+    ] = False,
+    device: DeviceOption = "auto",
+    dtype: DtypeOption = "auto",
+    trust_remote_code: TrustOption = False,
+) -> None:
+    """Apply edit requests to a model; every edit is on disk before it is acknowledged.
+
+    A row is {"prompt": "The capital of France is", "target": "Lyon"}, with "paraphrases" and
+    "locality" prompts where there are any, or of a schema that `hiedit evaluate` reads. The model's
+    directory is not touched: the ledger holds the edits, `hiedit export` hands the result on.
+
+    Example: `hiedit edit --model world --input edits.jsonl --ledger edits --max-kl 0.05`
+
+    A pipe: `produce | hiedit edit --model world --input - | consume`. Each line is acknowledged
+    by a line of JSON with line, status (committed, skipped, rejected, predicted, invalid), id,
+    success, kl, layers, passes, reasons and conflicts, as soon as its edit is on disk.
+
+    Exit status: 0; 1 if a row was rejected or malformed (the others are applied all the same; of
+    a file with malformed rows nothing is applied unless --skip-bad-rows is given); 2 if the
+    command could not go on.
+    """
+    from hiedit.cli.report import Report
+    from hiedit.cli.requests import from_file, from_lines
+    from hiedit.experiment import is_editor
+    from hiedit.guard import Guard
+    from hiedit.ledger.offline import check_free
+    from hiedit.methods import load_method
+
+    guard = Guard(max_kl, min_success)
+    piped = source == STDIN
+    rows = (
+        from_lines(sys.stdin.buffer, schema) if piped else from_file(source, schema, skip_bad_rows)
+    )
+    if policy is None and is_editor(method):
+        policy = Path(method)
+    if policy is None:
+        load_method(method)
+    elif not is_editor(str(policy)):
+        raise ValueError(
+            f"--policy={policy}: no trained editor there (method.json); training writes them to "
+            "RUN_DIR/editors/METHOD"
+        )
+    check_free(ledger)
+    options = dict(
+        method=method, modules=modules, policy=policy, guard=guard, dtype=dtype, device=device,
+        trust_remote_code=trust_remote_code,
+    )  # fmt: skip
+    report = Report(ledger, as_json or piped, skip_bad_rows)
+    with _place(ledger, dry_run) as place:
+        _apply(model, place, options, rows, report, dry_run)
+    raise typer.Exit(report.status)
+
+
+@contextlib.contextmanager
+def _place(ledger: Path, dry_run: bool) -> Iterator[Path]:
+    """The ledger; for a dry run where there is none, one that is gone afterwards."""
+    if not dry_run or (ledger.expanduser() / "ledger.db").is_file():
+        yield ledger
+        return
+    with tempfile.TemporaryDirectory(prefix="hiedit-dry-run-") as directory:
+        yield Path(directory) / "ledger"
+
+
+def _apply(model: str, place: Path, options: dict, rows: Iterable, report, dry_run: bool) -> None:
+    from hiedit.editor import Editor
+
+    total = len(rows) if isinstance(rows, list) else None
+    with Editor.from_pretrained(model, ledger=place, **options) as editor:
+        try:
+            with contextlib.nullcontext() if report.as_json else Progress() as progress:
+                for done, row in enumerate(rows, 1):
+                    report.add(row, _one(editor, row, dry_run), editor)
+                    if not report.as_json:
+                        stage = "predicting" if dry_run else "editing"
+                        progress.show(Update(editor.method, stage, done, total))
+        finally:
+            report.close()
+
+
+def _one(editor, row, dry_run: bool):
+    """What became of one row; a request that cannot be applied does not stop those after it."""
+    from hiedit.edited import REJECTED, Edited
+
+    if row.request is None:
+        return None
+    try:
+        return next(editor.apply([row.request], dry_run))
+    except ValueError as error:  # nothing was changed, see Ledger.commit
+        return Edited(row.request, REJECTED, reasons=(str(error),))
