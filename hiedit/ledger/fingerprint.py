@@ -6,11 +6,14 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 
-from hiedit.backbone.modules import EditableModule
 from hiedit.ledger.files import raw
+
+if TYPE_CHECKING:  # it would load transformers, and reading a ledger needs none
+    from hiedit.backbone.modules import EditableModule
 
 
 @dataclass(frozen=True)

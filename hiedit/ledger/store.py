@@ -12,10 +12,10 @@ import contextlib
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from hiedit.backbone.modules import EditableModule
 from hiedit.ledger import files, schema
 from hiedit.ledger.errors import storage
 from hiedit.ledger.fingerprint import describe
@@ -31,6 +31,9 @@ from hiedit.ledger.records import (
 from hiedit.ledger.schema import now
 from hiedit.provenance import digest
 from hiedit.types import Shift
+
+if TYPE_CHECKING:  # it would load transformers, and reading a ledger needs none
+    from hiedit.backbone.modules import EditableModule
 
 _EMPTY = "NOT EXISTS (SELECT 1 FROM edits WHERE edits.segment = segments.id)"
 _EDIT = "INSERT INTO edits VALUES (?, ?, 'active', ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"
