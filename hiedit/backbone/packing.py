@@ -12,6 +12,7 @@ size, ``H`` hidden size.
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Iterator
 from functools import cached_property
 
@@ -96,7 +97,7 @@ def packed(model: nn.Module, packing: Packing, keep: Tensor | None = None) -> It
     """Inside, ``model`` takes the tokens of ``packing`` as one row, and its last layer's MLP
     computes those at ``keep`` (int64, among the T) alone; None means all."""
     inner, config, previous = model.model, model.config, model.config._attn_implementation
-    _ACTIVE.append(packing)
+    _ACTIVE.stack.append(packing)
     config._attn_implementation = NAME
     handles = [] if keep is None else _only(inner.layers[-1].mlp, keep)
     fast = fused.usable(model)
@@ -107,12 +108,17 @@ def packed(model: nn.Module, packing: Packing, keep: Tensor | None = None) -> It
         for handle in handles:
             handle.remove()
         config._attn_implementation = previous
-        _ACTIVE.pop()
+        _ACTIVE.stack.pop()
 
 
 def active() -> Packing | None:
-    """The packing of the forward pass that is running."""
-    return _ACTIVE[-1] if _ACTIVE else None
+    """The packing of the forward pass that this thread is running."""
+    return _ACTIVE.stack[-1] if _ACTIVE.stack else None
+
+
+class _Active(threading.local):
+    def __init__(self):
+        self.stack: list[Packing] = []
 
 
 def _only(module: nn.Module, keep: Tensor):
@@ -137,6 +143,6 @@ def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask
     return packing.pack(out), weights
 
 
-_ACTIVE: list[Packing] = []
+_ACTIVE = _Active()
 _PLAIN = contextlib.nullcontext()
 AttentionInterface.register(NAME, _attention)
