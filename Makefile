@@ -16,7 +16,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hiedit-installed
-EXTRAS ?= cli,mlflow,peft,world,test
+EXTRAS ?= cli,mlflow,peft,triton,world,test
 PYTHON ?= python3.12 python3.11 python3
 TORCH_FLAGS ?=
 
@@ -35,8 +35,10 @@ lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-bench: $(STAMP) ## seconds per training edit and per commit, beside the published ways
+bench: $(STAMP) ## seconds per training edit, edit, commit and forward pass beside other ways
 	@$(BIN)/python benchmarks/train_step.py $(ARGS)
+	$(BIN)/python benchmarks/edit_step.py --edits 10
+	$(BIN)/python benchmarks/forward_shift.py --repeats 5
 	$(BIN)/python benchmarks/ledger_commit.py
 
 clean: ## removes .venv and everything built; runs/ stays

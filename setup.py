@@ -6,19 +6,24 @@ must be built against the PyTorch that will load it.
 
 from __future__ import annotations
 
+import shutil
 import sys
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import CUDA_HOME, BuildExtension, CppExtension, CUDAExtension
 except ImportError:
     BuildExtension = None
 
 # No contraction: a fused multiply-add happens where the source says so and nowhere else, or the
 # bits would depend on the compiler. Nobody reads the exception flags, so selects may vectorise.
 FLAGS = ["-O3", "-ffp-contract=off", "-fno-trapping-math", "-fvisibility=hidden", "-g0"]
+# The same on a GPU; -O3 and subnormals kept are nvcc's defaults, rounding is by intrinsics.
+NVCC_FLAGS = ["-O3", "-std=c++20", "--fmad=false"]
+CUDA_SOURCES = ["csrc/commit_cuda.cpp", "csrc/commit.cu"]
 # pip hides what a build prints, so the reason of a failure is left where `hiedit doctor` looks.
 REASON = Path("build/extension-error.txt")
 
@@ -33,17 +38,27 @@ def warn(reason: object) -> None:
     )
 
 
-def extension():
+def has_cuda() -> bool:
+    """Whether PyTorch is a CUDA build and its compiler is there. No GPU is needed to build."""
+    if torch.version.cuda is None or CUDA_HOME is None:
+        return False
+    return shutil.which("nvcc", path=str(Path(CUDA_HOME) / "bin")) is not None
+
+
+def extension(cuda: bool):
     flags = list(FLAGS)
     if sys.platform.startswith("linux"):
         # Compiled with OpenMP but not linked to it: at::parallel_for must run on the very runtime
         # that libtorch brings, and a second one in the process would have threads of its own.
         flags.append("-fopenmp")
-    return CppExtension(
+    sources, kind = ["csrc/ops.cpp", "csrc/kernels.cpp", "csrc/layers.cpp"], CppExtension
+    if cuda:
+        sources, kind = [*sources, *CUDA_SOURCES], CUDAExtension
+    return kind(
         "hiedit._C",
-        ["csrc/ops.cpp", "csrc/kernels.cpp", "csrc/layers.cpp"],
-        depends=["csrc/kernels.h", "csrc/kernels.inl", "csrc/layers.h"],
-        extra_compile_args={"cxx": flags},
+        sources,
+        depends=["csrc/kernels.h", "csrc/kernels.inl", "csrc/layers.h", "csrc/commit.h"],
+        extra_compile_args={"cxx": flags, "nvcc": NVCC_FLAGS},
         optional=True,  # a missing file is no error when setuptools copies the results
     )
 
@@ -55,11 +70,24 @@ def commands():
         def build_extensions(self):
             REASON.unlink(missing_ok=True)
             try:
-                super().build_extensions()
+                self.build_with_or_without_cuda()
             except (Exception, SystemExit) as error:
                 # The library of an earlier build would not match today's sources.
                 Path(self.get_ext_filename("hiedit._C")).unlink(missing_ok=True)
                 warn(f"{error}; `pip install -v` shows the compiler's own words")
+
+        def build_with_or_without_cuda(self):
+            try:
+                super().build_extensions()
+            except (Exception, SystemExit) as error:
+                # For instance an nvcc of another version than PyTorch's: the CPU part needs none.
+                built, plain = self.extensions[0], extension(cuda=False)
+                if len(built.sources) == len(plain.sources):
+                    raise
+                print(f"warning: building hiedit._C without CUDA: {error}", file=sys.stderr)
+                for name in ("sources", "libraries", "library_dirs", "extra_compile_args"):
+                    setattr(built, name, getattr(plain, name))
+                super().build_extensions()
 
     return {"build_ext": Build}
 
@@ -68,7 +96,7 @@ compiled = {}
 if BuildExtension is None:
     warn("PyTorch is not installed in this environment (use --no-build-isolation)")
 else:
-    compiled = {"ext_modules": [extension()], "cmdclass": commands()}
+    compiled = {"ext_modules": [extension(has_cuda())], "cmdclass": commands()}
 
 # `kernels` and `configs` keep their short names in the repository and get safe ones when installed:
 # a top-level package `kernels` would shadow Hugging Face's.

@@ -178,11 +178,21 @@ class Backbone:
                 stack = [stack] if isinstance(stack, Shift) else list(stack)
                 if stack:
                     module = self.modules[name].module
-                    handles.append(module.register_forward_hook(_shift_hook(stack)))
+                    handles.append(module.register_forward_hook(_shift_hook(_fewer(stack))))
             yield
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def joined(stack: Sequence[Shift]) -> Shift:
+    """Shifts of one module as one, whose rank rows are theirs in order; scales must be [r]."""
+    if len(stack) == 1 and stack[0].scale is not None:
+        return stack[0]
+    ones = [s.A.new_ones(s.rank) if s.scale is None else s.scale for s in stack]
+    # Transposed, as the forward pass reads it.
+    B = torch.cat([s.B.T for s in stack]).T
+    return Shift(torch.cat([s.A for s in stack]), B, torch.cat(ones))
 
 
 def _positions(batch: TokenBatch) -> Tensor:
@@ -213,6 +223,21 @@ def _add_product(out: Tensor, h: Tensor, right: Tensor) -> Tensor:
     """``out + h @ right`` in one operation: the product is never a tensor of its own."""
     added = torch.addmm(out.reshape(-1, out.shape[-1]), h.reshape(-1, h.shape[-1]), right)
     return added.view(out.shape)
+
+
+def _fewer(stack: list[Shift]) -> list[Shift]:
+    """The settled passes of an edit as one shift: two products a module, however many they are. A
+    shift that wants a gradient stays on its own, or the others would be differentiated with it."""
+    settled = [s for s in stack if not _own(s)]
+    if len(settled) < 2:
+        return stack
+    return [joined(settled), *(s for s in stack if _own(s))]
+
+
+def _own(shift: Shift) -> bool:
+    """Whether a shift cannot be joined with others: it has a graph, or a scale by sequence."""
+    parts = [t for t in (shift.A, shift.B, shift.scale) if t is not None]
+    return any(t.requires_grad for t in parts) or (len(parts) == 3 and shift.scale.dim() > 1)
 
 
 def _shift_hook(stack: list[Shift]):

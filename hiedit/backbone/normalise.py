@@ -38,10 +38,11 @@ class RunningNorm(nn.Module):
     def observe(self, x: Tensor) -> None:
         """x: [M, T, D]; a batch with a non-finite value is left out."""
         tokens = x.shape[1]
-        if tokens == 0 or not torch.isfinite(x).all():
+        mean = x.mean(1)
+        # NaN and infinity reach the mean; to look at every value would cost more than all the rest.
+        if tokens == 0 or not bool(mean.isfinite().all()):
             return
         total = self.count + tokens
-        mean = x.mean(1)
         delta = mean - self.mean
         self.mean += delta * (tokens / total)
         spread = (x - mean[:, None]).square().sum(1)

@@ -19,17 +19,36 @@ weight as stored: [O, I] for ``nn.Linear``, [I, O] for ``Conv1D``.
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hiedit import extension
+from hiedit.ledger.dispatch import BACKENDS as BACKENDS
+from hiedit.ledger.dispatch import choose, launch
 
-BACKENDS = ("auto", "cpp", "reference")
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CHUNK = 1 << 15  # elements at a time in the reference: its fp64 temporaries stay in the cache
+
+
+@dataclass(frozen=True)
+class Update:
+    """What a commit does to one module.
+
+    acc: fp32, contiguous: the whole weight ([O, I], or [I, O] for a Conv1D), or exactly the
+        elements of a flat range, as a ZeRO shard holds them.
+    A: [r, I], B: [O, r], scale: [r] or None for all ones; fp32, or bf16 or fp16 (widened exactly).
+        None where nothing is accumulated.
+    weight, base: W and W_0, of one dtype, each like acc; None where nothing is rounded.
+    """
+
+    acc: Tensor
+    A: Tensor | None = None
+    B: Tensor | None = None
+    scale: Tensor | None = None
+    weight: Tensor | None = None
+    base: Tensor | None = None
 
 
 @torch.no_grad()
@@ -62,11 +81,15 @@ def accumulate_(
         ValueError: for shapes, dtypes or a range that do not fit, or an unknown backend.
         RuntimeError: if the backend asked for is not available, with the remedy.
     """
-    A, B = _widen(A, "A"), _widen(B, "B")
-    scale = None if scale is None else _widen(scale, "scale")
+    _check_dtypes(A, B, scale)
     end = A.shape[-1] * B.shape[0] if end is None else end
     _check_accumulate(acc, A, B, scale, start, end)
-    if _choose(backend, acc) == "cpp":
+    chosen = choose(backend, acc)
+    if chosen in ("triton", "cuda"):
+        launch(chosen, [Update(acc, A, B, scale)], start=start, end=end, conv1d=conv1d)
+        return _touched(acc)
+    A, B, scale = _widened(A, B, scale)
+    if chosen == "cpp":
         torch.ops.hiedit.accumulate_(acc, A, B, scale, start, end, conv1d, threads)
     else:
         _accumulate_reference(acc, A, B, scale, start, end, conv1d)
@@ -98,7 +121,10 @@ def materialize_(
     """
     end = start + weight.numel() if end is None else end
     _check_materialize(weight, base, acc, start, end)
-    if _choose(backend, weight) == "cpp":
+    chosen = choose(backend, weight)
+    if chosen in ("triton", "cuda"):
+        launch(chosen, [Update(acc, weight=weight, base=base)], start=start, end=end)
+    elif chosen == "cpp":
         torch.ops.hiedit.materialize_(weight, base, acc, start, end)
     else:
         _materialize_reference(weight, base, acc, start, end)
@@ -125,18 +151,57 @@ def commit_(
     Returns ``weight``. Arguments and errors are those of the two; every error is raised before
     ``acc`` or ``weight`` is touched.
     """
-    A, B = _widen(A, "A"), _widen(B, "B")
-    scale = None if scale is None else _widen(scale, "scale")
-    end = A.shape[-1] * B.shape[0] if end is None else end
-    _check_accumulate(acc, A, B, scale, start, end)
-    _check_materialize(weight, base, acc, start, end)
-    if _choose(backend, acc) == "cpp":
-        torch.ops.hiedit.commit_(weight, base, acc, A, B, scale, start, end, conv1d, threads)
+    update = Update(acc, A, B, scale, weight, base)
+    options = {"start": start, "end": end, "conv1d": conv1d, "threads": threads}
+    commit_group_([update], **options, backend=backend)
+    return weight
+
+
+@torch.no_grad()
+def commit_group_(
+    updates: Sequence[Update],
+    mask: Tensor | None = None,
+    *,
+    start: int = 0,
+    end: int | None = None,
+    conv1d: bool = False,
+    threads: int = 0,
+    backend: str | None = None,
+) -> None:
+    """``commit_`` of several modules of one shape, dtype and device: one launch on a GPU.
+
+    Args:
+        updates: with factors and weights; ranks and dtypes of factors may differ.
+        mask: [L], any dtype, on the device; modules with 0 stay untouched and cost nothing. It is
+            not looked at on the host where a GPU does the work.
+        start, end, conv1d, threads, backend: as in ``commit_``, for every module.
+
+    Raises:
+        ValueError, RuntimeError: as ``commit_``, and if the updates do not belong together or the
+            mask does not fit; before anything is touched.
+    """
+    if not updates:
+        return
+    first = updates[0]
+    if end is None and first.A is not None and first.B is not None:
+        end = first.A.shape[-1] * first.B.shape[0]
+    _check_group(updates, mask, start, end)
+    chosen = choose(backend, first.acc)
+    if chosen in ("triton", "cuda"):
+        launch(chosen, updates, mask, start=start, end=end, conv1d=conv1d)
     else:
-        _accumulate_reference(acc, A, B, scale, start, end, conv1d)
-        _materialize_reference(weight, base, acc, start, end)
-    _touched(acc)
-    return _touched(weight)
+        kept = [True] * len(updates) if mask is None else mask.bool().tolist()
+        for u in (update for update, keep in zip(updates, kept, strict=True) if keep):
+            factors = _widened(u.A, u.B, u.scale)
+            if chosen == "cpp":
+                arguments = (*factors, start, end, conv1d, threads)
+                torch.ops.hiedit.commit_(u.weight, u.base, u.acc, *arguments)
+            else:
+                _accumulate_reference(u.acc, *factors, start, end, conv1d)
+                _materialize_reference(u.weight, u.base, u.acc, start, end)
+    for update in updates:
+        _touched(update.acc)
+        _touched(update.weight)
 
 
 def fma(a: Tensor, b: Tensor, c: Tensor) -> Tensor:
@@ -214,33 +279,39 @@ def _touched(t: Tensor) -> Tensor:
     return t
 
 
-def _choose(backend: str | None, target: Tensor) -> str:
-    """The backend to use for a tensor, after the environment and what is there."""
-    backend = backend or os.environ.get("HIEDIT_BACKEND") or "auto"
-    if backend not in BACKENDS:
-        raise ValueError(f"backend (or HIEDIT_BACKEND) is {backend!r}: choose one of {BACKENDS}")
-    if backend == "reference":
-        return backend
-    built = extension.load()
-    if backend == "auto":
-        return "cpp" if built.available and target.device.type == "cpu" else "reference"
-    if not built.available:
-        raise RuntimeError(
-            f"backend 'cpp' needs the compiled extension, but {built.reason}; {extension.REMEDY}; "
-            "or use backend 'auto' or 'reference' (same bits, slower)"
-        )
-    if target.device.type != "cpu":
-        raise RuntimeError(
-            f"backend 'cpp' works on the CPU and the tensor is on {target.device}; "
-            "use backend 'auto' or 'reference'"
-        )
-    return backend
+def _check_dtypes(A, B, scale):
+    for name, t in (("A", A), ("B", B), ("scale", scale)):
+        if t is not None and t.dtype not in DTYPES:
+            raise ValueError(f"{name} is {t.dtype}: factors must be float32, bfloat16 or float16")
 
 
-def _widen(t: Tensor, name: str) -> Tensor:
-    if t.dtype not in DTYPES:
-        raise ValueError(f"{name} is {t.dtype}: factors must be float32, bfloat16 or float16")
-    return t.float()
+def _widened(*factors: Tensor | None) -> tuple[Tensor | None, ...]:
+    return tuple(None if t is None else t.float() for t in factors)
+
+
+def _check_group(updates, mask, start, end):
+    first = updates[0]
+    for u in updates:
+        missing = [n for n in ("A", "B", "weight", "base") if getattr(u, n) is None]
+        if missing:
+            raise ValueError(f"a commit needs {', '.join(missing)} of every module")
+        _check_dtypes(u.A, u.B, u.scale)
+        _check_accumulate(u.acc, u.A, u.B, u.scale, start, end)
+        _check_materialize(u.weight, u.base, u.acc, start, end)
+        one, other = ((x.B.shape[0], x.A.shape[1], x.weight.dtype) for x in (first, u))
+        if one != other:
+            raise ValueError(
+                f"the modules of one commit must share (O, I) and dtype, got {one} and {other}"
+            )
+        parts = (u.acc, u.A, u.B, u.weight, u.base, u.scale)
+        if any(t is not None and t.device != first.acc.device for t in parts):
+            found = sorted({str(t.device) for t in parts if t is not None})
+            raise ValueError(f"one commit is on one device, {first.acc.device}, got {found}")
+    if mask is not None and (mask.shape != (len(updates),) or mask.device != first.acc.device):
+        raise ValueError(
+            f"mask must be [{len(updates)}] on {first.acc.device}, "
+            f"got {tuple(mask.shape)} on {mask.device}"
+        )
 
 
 def _check_accumulate(acc, A, B, scale, start, end):

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hiedit.backbone.modules import EditableModule
-from hiedit.ledger.accumulate import DTYPES, accumulate_, commit_, materialize_
+from hiedit.ledger.accumulate import DTYPES, Update, accumulate_, commit_group_, materialize_
 from hiedit.types import Shift, Shifts
 
 # Rank rows of consecutive shifts that `rebuild` adds in one pass over an accumulator: enough that
@@ -56,8 +56,9 @@ class DeltaState:
                 that is not finite or a sum that the weight's dtype cannot hold; nothing was
                 changed.
         """
-        sizes = {name: self._size(name, shift) for name, shift in shifts.items()}
-        shifts = {name: shift for name, shift in shifts.items() if _active(shift)}
+        shifts = self._here(shifts)
+        sizes = self._sizes(shifts)
+        shifts = {name: shifts[name] for name in sizes}
         made = self._make(name for name in shifts if name not in self.acc)
         peaks = {}
         for name, shift in shifts.items():
@@ -67,10 +68,9 @@ class DeltaState:
                 peaks[name] = self._try(name, shift, base, acc, sizes[name])
         self._hold(made)
         self._peak.update(peaks)
-        for name, shift in shifts.items():
-            module = self.modules[name]
-            weight, base, acc = module.weight.data, self.base[name], self.acc[name]
-            commit_(weight, base, acc, shift.A, shift.B, shift.scale, conv1d=module.conv1d)
+        for names, conv1d in self._alike(shifts):
+            updates = [self._update(name, shifts[name]) for name in names]
+            commit_group_(updates, conv1d=conv1d)
         self.edits += 1
 
     @torch.no_grad()
@@ -106,13 +106,11 @@ class DeltaState:
                 found[name] = self._begin(name, start[name])
         waiting: dict[str, list[Shift]] = {name: [] for name in names}
         for edit in shifts:
-            for name in (name for name in edit if name in waiting):
-                size = self._size(name, edit[name])
-                if not _active(edit[name]):
-                    continue
+            named = self._here({name: shift for name, shift in edit.items() if name in waiting})
+            for name, size in self._sizes(named).items():
                 base, acc, peak = found.get(name) or self._begin(name)
                 found[name] = base, acc, peak + size
-                waiting[name].append(edit[name])
+                waiting[name].append(named[name])
                 if sum(shift.rank for shift in waiting[name]) >= BLOCK_ROWS:
                     self._add(acc, name, waiting[name])
                     waiting[name] = []
@@ -188,8 +186,7 @@ class DeltaState:
                 f"be contiguous and one of {DTYPES}"
             )
 
-    def _size(self, name: str, shift: Shift) -> float:
-        """At least the largest magnitude of any element of a shift; raises where it is unfit."""
+    def _check_shift(self, name: str, shift: Shift) -> None:
         self._check_module(name)
         module, A, B = self.modules[name], shift.A, shift.B
         rank = shift.rank
@@ -202,12 +199,51 @@ class DeltaState:
             raise ValueError(
                 f"the shift of {name} has scale {tuple(shift.scale.shape)}: it must be [{rank}]"
             )
-        a, b = _largest(A), _largest(B)
-        s = 1.0 if shift.scale is None else _largest(shift.scale)
-        if not math.isfinite(a + b + s):
-            raise ValueError(f"the shift of {name} is not finite; nothing was changed")
-        left = b * s  # rounded to fp32 in the accumulation, where it could become infinite
-        return math.inf if left > _limit(torch.float32) else rank * left * a
+        given = [t.dtype for t in (A, B, shift.scale) if t is not None]
+        if any(dtype not in DTYPES for dtype in given):
+            raise ValueError(f"the shift of {name} is of {given}: factors must be of {DTYPES}")
+
+    def _here(self, shifts: Shifts) -> Shifts:
+        """The same on the devices of their modules: what was stored comes from the CPU."""
+
+        def moved(name: str, shift: Shift) -> Shift:
+            self._check_module(name)
+            device = self.modules[name].weight.device
+            parts = (shift.A, shift.B, shift.scale)
+            return Shift(*(None if t is None else t.to(device) for t in parts))
+
+        return {name: moved(name, shift) for name, shift in shifts.items()}
+
+    def _sizes(self, shifts: Shifts) -> dict[str, float]:
+        """By name, at least the largest magnitude of any element of a shift; those without a rank
+        row that takes part are left out. Raises where one is unfit. The device is waited for once.
+        """
+        for name, shift in shifts.items():
+            self._check_shift(name, shift)
+        found = iter(_largest_of([t for s in shifts.values() for t in (s.A, s.B, s.scale)]))
+        sizes = {}
+        for name, shift in shifts.items():
+            a, b, s = next(found), next(found), next(found)
+            if not math.isfinite(a + b + s):
+                raise ValueError(f"the shift of {name} is not finite; nothing was changed")
+            left = b * s  # rounded to fp32 in the accumulation, where it could become infinite
+            size = math.inf if left > _limit(torch.float32) else shift.rank * left * a
+            if shift.rank > 0 and s != 0:
+                sizes[name] = size
+        return sizes
+
+    def _alike(self, names: Iterable[str]) -> list[tuple[list[str], bool]]:
+        """``names`` in groups that one launch can commit, and whether they are Conv1D."""
+        groups: dict[tuple, list[str]] = {}
+        for name in names:
+            module = self.modules[name]
+            key = module.conv1d, module.shape, module.weight.dtype, module.weight.device
+            groups.setdefault(key, []).append(name)
+        return [(group, key[0]) for key, group in groups.items()]
+
+    def _update(self, name: str, shift: Shift) -> Update:
+        weight, base = self.modules[name].weight.data, self.base[name]
+        return Update(self.acc[name], shift.A, shift.B, shift.scale, weight, base)
 
     def _try(self, name: str, shift: Shift, base: Tensor, acc: Tensor, size: float) -> float:
         """The peak after ``shift`` where the bound that was carried along is too coarse."""
@@ -239,17 +275,23 @@ class DeltaState:
                 del self.base[name], self.acc[name], self._peak[name]
 
 
-def _active(shift: Shift) -> bool:
-    """Whether any rank row takes part."""
-    return shift.rank > 0 and (shift.scale is None or bool(shift.scale.any()))
-
-
 def _largest(t: Tensor) -> float:
     """max |t|; NaN or inf where t has one, 0 where it is empty. No copy of t is made."""
-    if t.numel() == 0:
-        return 0.0
-    low, high = torch.aminmax(t)
-    return max(-low.item(), high.item()) if not low.isnan() else math.nan
+    return _largest_of([t])[0]
+
+
+def _largest_of(tensors: Sequence[Tensor | None]) -> list[float]:
+    """``_largest`` of each, 1 for None, in one transfer from the device."""
+    ends = [end.float() for t in tensors if t is not None and t.numel() for end in torch.aminmax(t)]
+    values = iter(torch.stack([end.to(ends[0].device) for end in ends]).tolist() if ends else [])
+    found = []
+    for t in tensors:
+        if t is None or not t.numel():
+            found.append(1.0 if t is None else 0.0)
+        else:
+            low, high = next(values), next(values)
+            found.append(max(-low, high) if not math.isnan(low) else math.nan)
+    return found
 
 
 def _limit(of: Tensor | torch.dtype) -> float:

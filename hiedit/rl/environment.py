@@ -10,10 +10,8 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 
-import torch
-
 from hiedit.backbone.losses import AnswerLogits
-from hiedit.backbone.model import Backbone
+from hiedit.backbone.model import Backbone, joined
 from hiedit.backbone.signals import Probe
 from hiedit.ledger.state import DeltaState
 from hiedit.types import Shift, Shifts, TokenBatch
@@ -102,13 +100,10 @@ def merge(passes: list[Shifts]) -> Shifts:
     merged: dict[str, Shift] = {}
     names = dict.fromkeys(name for shifts in passes for name in shifts)
     for name in names:
-        parts = []
-        for shift in (p[name] for p in passes if name in p):
-            scale = shift.A.new_ones(shift.rank) if shift.scale is None else shift.scale
-            keep = scale != 0
-            parts.append((shift.A[keep], shift.B[:, keep], scale[keep]))
-        a, b, scale = zip(*parts, strict=True)
-        shift = Shift(torch.cat(a), torch.cat(b, dim=1), torch.cat(scale))
+        shift = joined([shifts[name] for shifts in passes if name in shifts])
+        keep = shift.scale != 0
+        if not bool(keep.all()):
+            shift = Shift(shift.A[keep], shift.B[:, keep], shift.scale[keep])
         if shift.rank:
             merged[name] = shift
     return merged

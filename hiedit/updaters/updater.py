@@ -119,21 +119,22 @@ class Updater(nn.Module):
         for group, columns in zip(self.groups, self._columns, strict=True):
             scale = mask[:, columns.to(mask.device)].T[:, signals.edit]  # [M, T]
             live = scale.detach() != 0
-            index = range(len(group.names))
-            if not every:
-                index = [m for m in index if bool(live[m].any())]
-                if not index:
-                    continue
+            touched = live.any(-1).tolist()  # here and below: one wait for the device, not M
+            index = [m for m, on in enumerate(touched) if on or every]
+            if not index:
+                continue
             keys, grads = stack_group(signals, group.names)
             sound = _finite(keys, grads)
-            # Zeros in place of NaN: the modules share parameters, whose gradients must stay sound.
-            keys, grads = (torch.where(sound[:, None, None], x, 0.0) for x in (keys, grads))
+            if not bool(sound.all()):
+                # Zeros in place of NaN: the modules share parameters, whose gradients must stay
+                # sound.
+                keys, grads = (torch.where(sound[:, None, None], x, 0.0) for x in (keys, grads))
             # A module that no edit touches is solved as if all did; the others as in editing.
             system = live | ~live.any(-1, keepdim=True)
             a, r = group.solve(keys, grads, system, signals.edit)
-            finite = sound & _finite(a.detach(), r.detach())
+            finite = (sound & _finite(a.detach(), r.detach())).tolist()
             for m in index:
-                if bool(finite[m]):
+                if finite[m]:
                     shifts[group.names[m]] = Shift(a[m], r[m].T, scale[m].to(a.dtype))
         return {n: shifts[n] for n in self.names if n in shifts}
 
@@ -188,5 +189,8 @@ def _scaled(shift: Shift, through_mask: bool) -> Tensor:
 
 
 def _finite(a: Tensor, b: Tensor) -> Tensor:
-    """bool [M]: all of ``a`` and ``b`` [M, T, .] is finite."""
-    return (a.isfinite().all(-1) & b.isfinite().all(-1)).all(-1)
+    """bool [M]: all of ``a`` and ``b`` [M, T, .] is finite, and small enough for a finite sum.
+
+    NaN and infinity reach a sum, which takes a fortieth of the time of ``isfinite`` on the CPU.
+    """
+    return a.sum((1, 2)).isfinite() & b.sum((1, 2)).isfinite()
