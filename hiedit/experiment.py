@@ -8,11 +8,13 @@ The entry points (`launch/train.py`, `hiedit demo`, `hiedit evaluate`) are thin 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -24,6 +26,7 @@ from hiedit.evaluation.lifelong import StreamProbe, run_stream, with_training
 from hiedit.evaluation.metrics import SILENCE, generate
 from hiedit.evaluation.results import MethodResult
 from hiedit.methods import Method, build_method
+from hiedit.rl.checkpoint import Checkpoints
 from hiedit.rl.training import TrainStep
 from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.types import EditRequest
@@ -197,9 +200,12 @@ def run_method(
     n_edits: int = 1,
     hooks: Hooks = Hooks(),  # noqa: B008 (frozen, without state)
     ready: Method | None = None,
+    trainer: Callable[[Method], Any] | None = None,
+    checkpoints: Checkpoints | None = None,
 ) -> tuple[MethodResult, Method, list[TrainStep]]:
     """Build, train (where there is something to learn) and evaluate one method; the model comes
-    back unedited. ``ready`` is a trained editor, evaluated as it is."""
+    back unedited. ``ready`` is a trained editor, evaluated as it is. ``trainer`` makes what trains
+    the method (by default its own, in this process), which writes and resumes ``checkpoints``."""
     start = time.perf_counter()
     hooks.stage("prepare")
     requests = () if ready else training_requests(backbone, data, method, train, seed)
@@ -209,8 +215,9 @@ def run_method(
     try:
         if parts.learned and train.edits and not ready:
             hooks.stage("train")
-            trainer = parts.trainer(train, seed)
-            history = trainer.run(requests, train, seed, lambda s: hooks.train(s, train.edits))
+            chosen = trainer(parts) if trainer else parts.trainer(train, seed)
+            tell = functools.partial(hooks.train, total=train.edits)
+            history = chosen.run(requests, train, seed, tell, checkpoints)
             hooks.trained(parts)
         spent = time.perf_counter() - start
         hooks.stage("edit")

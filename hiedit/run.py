@@ -20,15 +20,17 @@ from hiedit.evaluation.lifelong import StreamProbe
 from hiedit.evaluation.report import report
 from hiedit.evaluation.results import MethodResult, write_results
 from hiedit.experiment import Hooks, check_modules, load_backbone, load_data, run_method
-from hiedit.methods import load_editor, read_editor, save_editor
+from hiedit.methods import Method, load_editor, read_editor, save_editor
 from hiedit.parallel import cores, run_jobs
 from hiedit.progress import Progress, Update
+from hiedit.rl.checkpoint import Checkpoints
 from hiedit.rl.training import TrainStep
 from hiedit.runconfig import DatasetConfig, ModelConfig, RunConfig, StreamConfig
 from hiedit.tracking import make_tracker
 
 TRAIN_METRICS = ("loss", "paraphrase", "locality", "size", "layers", "passes")
-Send = Callable[[Update | tuple[str, TrainStep]], None]
+# Where a method stands, or one of its training edits with what else is known of the training.
+Send = Callable[[Update | tuple[str, TrainStep, dict[str, float]]], None]
 
 
 def run(
@@ -47,7 +49,13 @@ def run(
     start = time.perf_counter()
     methods = [None] if editor else list(methods) or [config.method]
     out = Path(config.run_dir)
+    if config.distribution.kind == "ray":
+        from hiedit.distributed import require_ray
+
+        require_ray()
+        jobs = 1  # the workers are what runs at a time
     _check(config, out, editor)
+    write_config(out, config)
     jobs = min(len(methods), jobs or (1 if torch.cuda.is_available() else min(4, cores())))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -58,12 +66,12 @@ def run(
         tracker.params(dataclasses.asdict(config))
         with Progress() as progress:
 
-            def receive(message: Update | tuple[str, TrainStep]) -> None:
+            def receive(message: Update | tuple[str, TrainStep, dict]) -> None:
                 if isinstance(message, Update):
                     progress.show(message)
                 else:
-                    name, step = message
-                    tracker.metrics(step.edit, _metrics(step), method=name)
+                    name, step, status = message
+                    tracker.metrics(step.edit, _metrics(step) | status, method=name)
 
             tasks = [(config, method, editor) for method in methods]
             done = run_jobs(run_task, tasks, jobs, receive)
@@ -90,8 +98,10 @@ def run_task(
 
     def on_train(step: TrainStep, total: int) -> None:
         note = f"loss {step.loss:.2f}, {step.layers:.0f} layers, {step.passes} passes"
+        status = trainer.status() if trainer else {}
+        note += "".join(f", {key} {value:g}" for key, value in status.items())
         send(Update(name, "train", step.edit, total, note))
-        send((name, step))
+        send((name, step, {f"train/{key}": value for key, value in status.items()}))
 
     hooks = Hooks(
         train=on_train,
@@ -102,11 +112,66 @@ def run_task(
     ready = load_editor(backbone, editor, config.seed) if editor else None
     train, evaluate = config.train, config.evaluate
     n_edits = config.stream.n_edits
+    trainer, checkpoints = None, None
+
+    def make_trainer(parts: Method):
+        nonlocal trainer
+        from hiedit.distributed.trainer import RayTrainer
+
+        trainer = RayTrainer(parts, config.model, config.distribution)
+        return trainer
+
+    if method and config.distribution.checkpoint_every:
+        checkpoints = checkpoints_of(config, method)
     result, _, history = run_method(
-        backbone, data, probe, method, train, evaluate, config.seed, n_edits, hooks, ready
+        backbone,
+        data,
+        probe,
+        method,
+        train,
+        evaluate,
+        config.seed,
+        n_edits,
+        hooks,
+        ready,
+        make_trainer if config.distribution.kind == "ray" else None,
+        checkpoints,
     )
     send(Update(name, "done", 1, 1))
     return result, history
+
+
+def checkpoints_of(config: RunConfig, method: MethodConfig) -> Checkpoints:
+    """Where the training of ``method`` in this run keeps its state. It can be continued by a run
+    that trains the same on the same: where results go and how often it is saved may differ."""
+    same = {key: dataclasses.asdict(getattr(config, key)) for key in ("model", "dataset", "train")}
+    same |= {"method": dataclasses.asdict(method), "seed": config.seed}
+    d = config.distribution
+    same |= {"workers": d.workers, "mode": d.mode}
+    place = Path(config.run_dir) / "checkpoints" / method.name
+    return Checkpoints(place, d.checkpoint_every, d.keep, same, config.resume)
+
+
+def write_config(out: Path, config: RunConfig) -> None:
+    """``config.json``: what ``resume`` reads."""
+    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
+
+
+def read_config(run_dir: str | Path) -> RunConfig:
+    """The configuration of the run in ``run_dir``, to be continued there.
+
+    Raises:
+        ValueError: if there is none, or it is damaged.
+    """
+    path = Path(run_dir) / "config.json"
+    if not path.is_file():
+        raise ValueError(f"resume={str(run_dir)!r}: there is no run (no config.json)")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from None
+    config = from_mapping(RunConfig, values)
+    return dataclasses.replace(config, run_dir=str(run_dir), resume=True)
 
 
 @functools.lru_cache(maxsize=1)  # one model at a time; the configs are given as JSON to be hashable
@@ -160,7 +225,6 @@ def _check(config: RunConfig, out: Path, editor: str | None) -> None:
 
 def _save(out: Path, config: RunConfig, results, histories) -> list[Path]:
     paths = [write_results(out, results), out / "details.json"]
-    (out / "config.json").write_text(json.dumps(dataclasses.asdict(config), indent=1) + "\n")
     training = {
         name: [{"edits": s.edit, **{k: getattr(s, k) for k in TRAIN_METRICS}} for s in history]
         for name, history in histories.items()

@@ -11,6 +11,7 @@ from hiedit.config import EvaluateConfig, MethodConfig, TrainConfig, at_least, c
 from hiedit.data.stream import StreamConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 
 @dataclass(frozen=True)
@@ -66,10 +67,61 @@ class TrackingConfig:
 
 
 @dataclass(frozen=True)
+class DistributionConfig:
+    """Where training edits are run. ``local``: in this process. ``ray``: by ``workers`` rollout
+    workers, each a lifelong trajectory of its own; ``train.edits`` counts the edits of all.
+
+    mode: ``sync`` waits for every worker (the same numbers for the same seed and workers),
+    ``async`` for none: a gradient older than ``max_staleness`` versions is dropped.
+    timeout: seconds until a worker that has not finished its segment counts as hung; load_timeout:
+    the same for finding it a place and loading its replica. retries: how often a segment is redone
+    before the run stops. address: of a Ray cluster; null takes the one
+    of the job or of $RAY_ADDRESS, else starts Ray on this machine and stops it at the end.
+    num_cpus, num_gpus, threads (of torch): of each worker. learner_gpus: of the learner.
+    placement: how Ray spreads the workers over nodes.
+    checkpoint_every: versions, 0 for none; keep: how many of the newest stay. These two hold for
+    ``local`` as well.
+    """
+
+    kind: str = "local"
+    workers: int = 1
+    mode: str = "sync"
+    max_staleness: int = 4
+    timeout: float = 600.0
+    load_timeout: float = 900.0
+    retries: int = 2
+    address: str | None = None
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    learner_gpus: float = 0.0
+    threads: int = 1
+    placement: str = "PACK"
+    checkpoint_every: int = 100
+    keep: int = 2
+
+    def __post_init__(self):
+        choice("distribution.kind", self.kind, ("local", "ray"))
+        choice("distribution.mode", self.mode, ("sync", "async"))
+        choice("distribution.placement", self.placement, PLACEMENTS)
+        for key in ("workers", "threads", "keep"):
+            at_least(f"distribution.{key}", getattr(self, key), 1)
+        for key in ("max_staleness", "retries", "num_gpus", "learner_gpus", "checkpoint_every"):
+            at_least(f"distribution.{key}", getattr(self, key), 0)
+        for key in ("timeout", "load_timeout", "num_cpus"):
+            at_least(f"distribution.{key}", getattr(self, key), 0, strict=True)
+        if self.kind == "local" and self.workers > 1:
+            raise ValueError(
+                f"distribution.workers={self.workers}: kind=local trains in one process; "
+                "set distribution=ray"
+            )
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """Everything a run is made from; ``run_dir`` receives results.json, plots and the editor.
 
-    threads: of torch; 0 leaves its default.
+    threads: of torch; 0 leaves its default. resume: continue training from the newest checkpoint
+    in ``run_dir`` (``launch/train.py resume=RUN_DIR`` sets it, and everything else as it was).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -79,9 +131,11 @@ class RunConfig:
     train: TrainConfig = field(default_factory=TrainConfig)
     evaluate: EvaluateConfig = field(default_factory=EvaluateConfig)
     tracking: TrackingConfig = field(default_factory=TrackingConfig)
+    distribution: DistributionConfig = field(default_factory=DistributionConfig)
     seed: int = 0
     run_dir: str = "runs/train"
     threads: int = 0
+    resume: bool = False
 
     def __post_init__(self):
         for key in ("seed", "threads"):

@@ -1,68 +1,20 @@
-"""Trajectory training: lifelong streams that grow, an objective after every pass, a learner."""
+"""Trajectory training in one process: lifelong streams that grow, a learner that steps."""
 
 from __future__ import annotations
 
+import dataclasses
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import torch
+from collections.abc import Callable
 
 from hiedit.config import TrainConfig
+from hiedit.rl.checkpoint import LEARNER, Checkpoints, StopSignals, stopped, worker_name
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
 from hiedit.rl.rollout import Rollout
-from hiedit.types import Action, EditBatch, EditRequest, Shifts, Signals
+from hiedit.rl.segment import TrainStep, Trajectory, growing_streams, train_edit
+from hiedit.types import EditBatch, EditRequest
 
-
-@dataclass(frozen=True)
-class TrainStep:
-    """One training edit, as the tracker and the plots see it.
-
-    edit: edits so far. stream: number of the stream. loss, paraphrase, locality, size: of the
-    reward, means over the passes (nats; size as configured). layers: modules touched. passes:
-    shifts computed. held: the edit reached the target probability. seconds: since the start.
-    """
-
-    edit: int
-    stream: int
-    loss: float
-    paraphrase: float
-    locality: float
-    size: float
-    layers: float
-    passes: int
-    held: bool
-    seconds: float
-
-
-def growing_streams(
-    requests: tuple[EditRequest, ...], config: TrainConfig, seed: int
-) -> Iterator[tuple[int, EditBatch, bool]]:
-    """(stream number, step, whether a new stream begins here), ``config.edits`` requests in all.
-
-    Streams are of the configured lengths in turn, the last length repeating; requests are drawn
-    in a fresh order whenever they run out.
-
-    Raises:
-        ValueError: if there is no request to draw.
-    """
-    if not requests:
-        raise ValueError("train: there are no training edits; give training records")
-    generator = torch.Generator().manual_seed(seed)
-    order: list[int] = []
-    done, stream = 0, 0
-    while done < config.edits:
-        length = config.stream_lengths[min(stream, len(config.stream_lengths) - 1)]
-        length = min(length, config.edits - done)
-        for first in range(0, length, config.n_edits):
-            size = min(config.n_edits, length - first)
-            while len(order) < size:
-                order += torch.randperm(len(requests), generator=generator).tolist()
-            chosen, order = order[:size], order[size:]
-            yield stream, EditBatch(tuple(requests[i] for i in chosen), done), first == 0
-            done += size
-        stream += 1
+__all__ = ["Trainer", "TrainStep", "growing_streams"]
 
 
 class Trainer:
@@ -77,55 +29,72 @@ class Trainer:
         config: TrainConfig,
         seed: int,
         on_step: Callable[[TrainStep], None] = lambda step: None,
+        checkpoints: Checkpoints | None = None,
     ) -> list[TrainStep]:
-        """Train on ``config.edits`` edits; leaves the model unedited, also on an error."""
-        history: list[TrainStep] = []
-        start = time.perf_counter()
+        """Train on ``config.edits`` edits; leaves the model unedited, also on an error.
+
+        checkpoints: where the state is written, and read from if it is to resume.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM, if there are ``checkpoints``; one was written.
+        """
+        trajectory = Trajectory(self.rollout, self.objective, requests, config, seed)
         try:
-            for stream, batch, begins in growing_streams(requests, config, seed):
-                if begins:
-                    self.rollout.reset()
-                    self.objective.reset()
-                step = self.edit(batch, stream, start)
-                history.append(step)
-                on_step(step)
-                if config.max_seconds and step.seconds > config.max_seconds:
-                    break
+            if checkpoints is None:
+                return self._run(trajectory, config, [], on_step, None, None)
+            history = self._resume(trajectory, checkpoints)
+            with StopSignals() as stop:
+                return self._run(trajectory, config, history, on_step, checkpoints, stop)
         finally:
             self.rollout.reset()
+            self.rollout.env.backbone.prefix.cache.clear()  # what follows starts as if it resumed
+
+    def _run(self, trajectory, config, history, on_step, checkpoints, stop) -> list[TrainStep]:
+        """Segment after segment until the streams, the time, or the user's patience end."""
+        start = time.perf_counter() - (history[-1].seconds if history else 0.0)
+        late = False
+
+        def tell(step: TrainStep) -> bool:
+            nonlocal late
+            self.learner.edit_done()
+            history.append(step)
+            on_step(step)
+            late = bool(config.max_seconds) and step.seconds > config.max_seconds
+            return late
+
+        while not late:
+            done = trajectory.run(self.learner.every, self.learner.backward, tell, start)
+            ended = late or len(done) < self.learner.every
+            if checkpoints is None:
+                if ended:
+                    break
+                continue
+            stopping = stop.number is not None and not ended
+            if ended or stopping or checkpoints.due(self.learner.version):
+                path = self._save(trajectory, history, checkpoints)
+            if stopping:
+                raise stopped(stop.number, path)
+            if ended:
+                break
         return history
 
     def edit(self, batch: EditBatch, stream: int = 0, start: float = 0.0) -> TrainStep:
-        """One training edit: every pass is rewarded on its own, then the learner is told."""
-        env = self.rollout.env
-        rewarded = self.objective.batch(batch, env.backbone.device)
-        env.backbone.warm(rewarded.tokens)
-        reference = self.objective.reference(env, rewarded)
-        rewards = []
-
-        def on_pass(signals: Signals, action: Action) -> Shifts:
-            updater, selector = self.rollout.updater, self.rollout.selector
-            shifts = updater(signals, action.mask, every=selector.learned)
-            in_gate = selector.config.size_in_gate
-            energy = updater.energy(shifts, in_gate)
-            reward = self.objective(env, rewarded, reference, shifts, energy, in_gate)
-            self.learner.backward(reward.loss)
-            rewards.append(reward)
-            return shifts
-
-        outcome = self.rollout.step(batch, on_pass)
-        self.objective.remember(batch)
+        """One training edit, of whatever stream, and the learner is told."""
+        backward = self.learner.backward
+        step = train_edit(self.rollout, self.objective, backward, batch, stream, start)
         self.learner.edit_done()
-        count = len(rewards) or float("nan")  # an edit that held from the start has no reward
-        return TrainStep(
-            edit=batch.step + len(batch),
-            stream=stream,
-            loss=sum(float(r.loss.detach()) for r in rewards) / count,
-            paraphrase=sum(float(r.edit) for r in rewards) / count,
-            locality=sum(float(r.locality) for r in rewards) / count,
-            size=sum(float(r.size) for r in rewards) / count,
-            layers=float(outcome.mask.sum(-1).mean()),
-            passes=outcome.passes,
-            held=outcome.held,
-            seconds=time.perf_counter() - start,
-        )
+        return step
+
+    def _save(self, trajectory: Trajectory, history: list[TrainStep], checkpoints: Checkpoints):
+        parts = {LEARNER: self.learner.state(), worker_name(0): trajectory.state()}
+        steps = [dataclasses.asdict(step) for step in history]
+        return checkpoints.save(history[-1].edit if history else 0, parts, {"history": steps})
+
+    def _resume(self, trajectory: Trajectory, checkpoints: Checkpoints) -> list[TrainStep]:
+        found = checkpoints.load()
+        if found is None:
+            return []
+        parts, about = found
+        self.learner.load_state(parts[LEARNER])
+        trajectory.load_state(parts[worker_name(0)])
+        return [TrainStep(**step) for step in about["history"]]

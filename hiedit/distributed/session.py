@@ -1,0 +1,68 @@
+"""A Ray cluster for the time of one run: one that is there, or one of our own on this machine."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+from collections.abc import Iterator
+
+from hiedit.runconfig import DistributionConfig
+
+
+@contextlib.contextmanager
+def session(config: DistributionConfig) -> Iterator[None]:
+    """Inside, Ray is connected. One that was connected before is used and left as it is; one that
+    was started here is stopped at the end, and no process of it remains.
+
+    Raises:
+        ValueError: if there is no cluster at ``config.address``, or it lacks the CPUs or GPUs that
+            the workers ask for.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    address = config.address or os.environ.get("RAY_ADDRESS")
+    if not address:  # Ray's own name for "listen on 127.0.0.1 alone", read when it is imported
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    import ray
+
+    if ray.is_initialized():
+        _check(config)
+        yield
+        return
+    quiet = {"logging_level": logging.ERROR, "log_to_driver": True}
+    if address:
+        try:
+            ray.init(address, **quiet)
+        except ConnectionError as error:
+            what = " ".join(str(error).split())[:200]
+            raise ValueError(
+                f"distribution.address={address!r}: no Ray cluster answers there ({what})"
+            ) from None
+    else:
+        ray.init(
+            "local",
+            num_cpus=math.ceil(config.workers * config.num_cpus),
+            include_dashboard=False,
+            **quiet,
+        )
+    try:
+        _check(config)
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _check(config: DistributionConfig) -> None:
+    """Waiting for resources that no node has would be waiting for ever."""
+    import ray
+
+    has = ray.cluster_resources()
+    for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
+        wanted = config.workers * getattr(config, key)
+        wanted += config.learner_gpus if resource == "GPU" else 0
+        if wanted > has.get(resource, 0.0):
+            raise ValueError(
+                f"distribution.workers={config.workers} with {key}={getattr(config, key)} each "
+                f"need {wanted:g} {resource}: the cluster has {has.get(resource, 0.0):g}"
+            )

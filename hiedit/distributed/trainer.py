@@ -1,0 +1,140 @@
+"""Training on Ray behind the interface of ``rl.training.Trainer``."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+
+from hiedit.config import TrainConfig
+from hiedit.distributed import require_ray
+from hiedit.distributed.session import session
+from hiedit.methods import Method
+from hiedit.rl.checkpoint import LEARNER, Checkpoints
+from hiedit.rl.learner import without_moments
+from hiedit.rl.observed import load_learned_state
+from hiedit.rl.training import TrainStep
+from hiedit.runconfig import DistributionConfig, ModelConfig
+from hiedit.types import EditRequest
+
+SEED_STEP = 1_000_003  # between the seeds of two workers; that of the first is the run's own
+
+
+def share(config: TrainConfig, workers: int, index: int) -> TrainConfig:
+    """``config`` with the part of the edits that worker ``index`` runs."""
+    edits = config.edits // workers + (index < config.edits % workers)
+    return dataclasses.replace(config, edits=edits)
+
+
+class RayTrainer:
+    """Trains ``method`` with rollout workers and a learner on Ray.
+
+    counts: what happened (see ``Controller``), while it runs and afterwards. worker: the class of
+    the workers, for whoever puts another in its place.
+    """
+
+    def __init__(self, method: Method, model: ModelConfig, config: DistributionConfig, worker=None):
+        require_ray()
+        self.method, self.model, self.config, self.worker = method, model, config, worker
+        self.controller = None
+
+    @property
+    def counts(self):
+        return self.controller.counts if self.controller else None
+
+    def status(self) -> dict[str, float]:
+        """What changes while it runs, for the display and the tracker."""
+        if self.controller is None:
+            return {}
+        counts = self.controller.counts
+        keys = ("workers", "version", "faults")
+        if self.config.mode == "async":
+            keys += ("staleness", "stale")
+        return {key: getattr(counts, key) for key in keys}
+
+    def run(
+        self,
+        requests: tuple[EditRequest, ...],
+        config: TrainConfig,
+        seed: int,
+        on_step: Callable[[TrainStep], None] = lambda step: None,
+        checkpoints: Checkpoints | None = None,
+    ) -> list[TrainStep]:
+        """As ``Trainer.run``, ``config.edits`` edits in all; ``method`` ends as the learner's.
+
+        Raises:
+            Interrupted: after SIGINT or SIGTERM; with ``checkpoints``, one was written.
+            WorkerDied: if a worker failed too often (a checkpoint was written) or the learner
+                died.
+        """
+        if not requests:
+            raise ValueError("train: there are no training edits; give training records")
+        with session(self.config):
+            version = self._train(requests, config, seed, on_step, checkpoints)
+            load_learned_state(self._modules(), version)
+        self.method.rollout.reset()
+        self.method.rollout.env.backbone.prefix.cache.clear()  # as after training in one process
+        return self.controller.history
+
+    def _train(self, requests, config, seed, on_step, checkpoints):
+        import ray
+
+        from hiedit.distributed.controller import Controller
+        from hiedit.distributed.learner import LearnerActor
+        from hiedit.distributed.pool import WorkerPool
+        from hiedit.distributed.transport import pack_snapshot, unpack
+        from hiedit.distributed.worker import RolloutWorker
+
+        found = checkpoints.load() if checkpoints is not None else None
+        setups = self._setups(config, seed)
+        if found is not None:
+            load_learned_state(self._modules(), without_moments(found[0][LEARNER]))
+        parts = ray.put(self._parts())
+        make = ray.remote(num_cpus=0, num_gpus=self.config.learner_gpus)(LearnerActor)
+        whole = dataclasses.replace(setups[0], train=config)
+        device = "cuda" if self.config.learner_gpus else "cpu"
+        learner = make.remote(whole, parts, device)
+        worker = self.worker or RolloutWorker
+        pool = WorkerPool(self.config, setups, parts, ray.put(requests), worker)
+        try:
+            pool.start()
+            self.controller = Controller(self.config, pool, learner, on_step, checkpoints)
+            if found is not None:
+                ray.get(learner.load.remote(pack_snapshot(found[0][LEARNER])))
+                self.controller.load(*found)
+            return unpack(self.controller.run(config.max_seconds))
+        finally:
+            pool.stop()
+            ray.kill(learner, no_restart=True)
+
+    def _setups(self, config: TrainConfig, seed: int):
+        from hiedit.distributed.learner import Setup
+
+        backbone = self.method.rollout.env.backbone
+        names, groups = backbone.names, backbone.shape_groups()
+        device = self.model.device
+        if device == "auto":
+            device = "cuda" if self.config.num_gpus else "cpu"
+        model = dataclasses.replace(self.model, modules=names, device=device)
+        return [
+            Setup(
+                model,
+                self.method.config,
+                share(config, self.config.workers, i),
+                names,
+                groups,
+                seed + i * SEED_STEP,
+                self.config.threads,
+            )
+            for i in range(self.config.workers)
+        ]
+
+    def _modules(self):
+        rollout = self.method.rollout
+        return {"selector": rollout.selector, "updater": rollout.updater}
+
+    def _parts(self):
+        """The state dicts of selector and updater, as ``build_method`` left them."""
+        from hiedit.distributed.transport import pack
+
+        both = self._modules()
+        return pack({f"{p}.{n}": t for p, m in both.items() for n, t in m.state_dict().items()})
