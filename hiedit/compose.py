@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 from hiedit.config import from_mapping
 from hiedit.methods import config_dir
+from hiedit.provenance import leaves
 from hiedit.runconfig import RunConfig
 
-GROUPS = ("model", "dataset", "method", "experiment")
+GROUPS = ("model", "dataset", "method", "experiment", "distribution")
 
 
 def register_schema() -> None:
@@ -60,7 +60,7 @@ def check_choices(overrides: Sequence[str]) -> None:
 
 def explain(error: Exception, overrides: Sequence[str]) -> str:
     """Hydra's error in words, with the nearest valid key where a key is unknown."""
-    known = flatten(dataclasses.asdict(RunConfig()))
+    known = leaves(dataclasses.asdict(RunConfig()))
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.lstrip("+~")
@@ -72,15 +72,3 @@ def explain(error: Exception, overrides: Sequence[str]) -> str:
             hint = f"; did you mean {near[0]}?" if near else ""
             return f"{key}={value}: no such key{hint}"
     return str(error).splitlines()[0]
-
-
-def flatten(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """``{"a": {"b": 1}}`` -> ``{"a.b": 1}``."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        path = f"{prefix}{key}"
-        if isinstance(value, Mapping):
-            flat |= flatten(value, f"{path}.")
-        else:
-            flat[path] = value
-    return flat

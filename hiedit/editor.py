@@ -215,7 +215,6 @@ class Editor:
             active_rows(self.history(), self.ledger.shifts),
             rank,
             max_error,
-            str(getattr(self.model.config, "_name_or_path", "")),
             overwrite=overwrite,
         )
 

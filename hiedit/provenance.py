@@ -43,16 +43,20 @@ def _git(folder: Path, *arguments: str) -> str | None:
     return done.stdout.strip()
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, str]:
-    """``{"a": {"b": 1}}`` as ``{"a.b": "1"}``; lists as JSON."""
-    if isinstance(config, Mapping) and config:
-        items: dict[str, str] = {}
-        for key, value in config.items():
-            items |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
-        return items
-    if not prefix:
-        return {}
-    return {prefix: config if isinstance(config, str) else json.dumps(config)}
+def leaves(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``; an empty mapping is a leaf."""
+    found: dict[str, Any] = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        nested = isinstance(value, Mapping) and value
+        found |= leaves(value, f"{name}.") if nested else {name: value}
+    return found
+
+
+def flatten(config: Mapping[str, Any]) -> dict[str, str]:
+    """``leaves`` as text: strings as they are, everything else as JSON."""
+    found = leaves(config).items()
+    return {n: v if isinstance(v, str) else json.dumps(v) for n, v in found}
 
 
 def cut(value: Any, limit: int) -> str:

@@ -8,10 +8,12 @@ few hundred tokens of many thousands) are what is lost.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from torch import nn
 
 from hiedit.ledger.ledger import Ledger
-from hiedit.ledger.records import ACTIVE
+from hiedit.ledger.records import ACTIVE, Record
 from hiedit.methods import Method
 from hiedit.provenance import digest
 from hiedit.updaters.memory import absorb_kept, lifelong_state, load_lifelong_state
@@ -29,8 +31,9 @@ class Memory:
             "selector": method.rollout.selector,
         }
         self._tag = digest(repr(method.config))
-        self._newest = max((r.id for r in ledger.history()), default=0)
-        self._unsaved = self._recall()
+        history = ledger.history()
+        self._newest = history[-1].id if history else 0
+        self._unsaved = self._recall(history)
 
     def committed(self, edit: int) -> None:
         """Tell it of a commit."""
@@ -55,7 +58,7 @@ class Memory:
         self.ledger.save_attachment("method", self._newest, state, self._tag)
         self._unsaved = 0
 
-    def _recall(self) -> int:
+    def _recall(self, history: Sequence[Record]) -> int:
         """Bring the method to where the last editor stopped; returns how many edits had to be
         absorbed anew, because that one did not close."""
         saved = self.ledger.load_attachment("method", self._tag)
@@ -70,7 +73,7 @@ class Memory:
                 },
             )
         upto = saved.upto if saved else 0
-        late = [r.id for r in self.ledger.history() if r.id > upto and r.status == ACTIVE]
+        late = [r.id for r in history if r.id > upto and r.status == ACTIVE]
         for edit in late:
             absorb_kept(self._updater, self.ledger.memory(edit))
         return len(late)

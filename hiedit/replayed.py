@@ -83,10 +83,9 @@ class Replayed:
     ) -> ExportReport:
         """The accumulated delta as a PEFT LoRA adapter; arguments and errors as
         ``hiedit.ledger.export.export_adapter``."""
-        base = str(getattr(self.backbone.model.config, "_name_or_path", ""))
         rows = active_rows(self.records, self.reader.shifts)
         return export_adapter(
-            directory, self.backbone, self.state, rows, rank, max_error, base, overwrite=overwrite
+            directory, self.backbone, self.state, rows, rank, max_error, overwrite=overwrite
         )
 
     def close(self) -> None:

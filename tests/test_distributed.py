@@ -18,7 +18,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from worlds import MODULES, quick, quick_run, same
 
 from hiedit.config import TrainConfig
@@ -32,6 +31,8 @@ from hiedit.rl.observed import learned_state, load_learned_state, recorded
 from hiedit.rl.segment import Trajectory
 from hiedit.runconfig import DistributionConfig, ModelConfig
 from hiedit.world import world_requests
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 # As in a run without a cluster; read when Ray is imported.
 os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
@@ -57,14 +58,6 @@ def cluster():
     context = ray.init("local", num_cpus=5, object_store_memory=200 << 20, **quiet)
     yield context.address_info["gcs_address"]
     ray.shutdown()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -21,18 +21,12 @@ from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest, Locality
 from hiedit.world import world_requests
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROW_KEYS = (
     "method, seed, edits, ES, GS, LS, retention_ES, retention_GS, retention_LS, "
     "layers_per_edit, passes_per_edit, seconds_per_edit"
 ).split(", ")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -21,6 +21,8 @@ from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.methods import build_method
 from hiedit.types import EditBatch, EditRequest, Locality, Shift
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 HIDDEN, MLP, HEAD = 37, 83, 62
 # Elements of the model's matrices; Q, K, V and O are [62, 37] and [37, 62].
 SIZES = (MLP * HIDDEN, HEAD * HIDDEN, VOCABULARY * HIDDEN)
@@ -142,15 +144,6 @@ def watched_edit(backbone, trainer, watcher: DenseWatcher):
     changed = [not torch.equal(a, b) for a, b in zip(before, after, strict=True)]
     assert sum(changed) >= 2
     assert [weight.data_ptr() for weight in after] == weights  # committed in place
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tiny matrices gain nothing from more, and lose much where tests run side by side."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

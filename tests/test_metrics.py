@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pytest
-import torch
 from worlds import MODULES, same, weights
 
 from hiedit.evaluation.lifelong import StreamProbe
@@ -14,13 +13,7 @@ from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest
 from hiedit.world import world_facts, world_requests
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from hiedit.methods import build_method
 from hiedit.rl.checkpoint import Snapshot
 from hiedit.rl.learner import Contribution, Gradients, Learner
 from hiedit.rl.objective import Objective
-from hiedit.rl.observed import learned_state, load_learned_state, merge, recorded, replay, summarise
+from hiedit.rl.observed import learned_state, load_learned_state, recorded, replay
 from hiedit.rl.segment import Trajectory
 
 SEED = 3
@@ -190,7 +190,9 @@ def test_merging_two_workers_is_observing_both():
     together, merged = RunningNorm(2, 3), RunningNorm(2, 3)
     together.observe(torch.cat([one, two], 1))
     for x in (one, two):
-        merge(merged, summarise("n", x))
+        with recorded({"n": torch.nn.ModuleList([copy := RunningNorm(2, 3)])}) as seen:
+            copy.observe(x)
+        replay({"n": torch.nn.ModuleList([merged])}, seen)
     torch.testing.assert_close(merged.mean, together.mean)
     torch.testing.assert_close(merged.std, together.std)
 

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "hiedit"
 # and itself, and no other. Modules that are not listed compose the rest; they may import anything
 # but the command line, and no listed room may import them.
 LAYERS = [
-    {"types", "config", "extension", "provenance"},
+    {"types", "config", "durable", "extension", "provenance"},
     {"data", "world"},
     {"backbone"},
     {"policy", "updaters", "ledger"},

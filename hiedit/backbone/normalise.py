@@ -37,15 +37,18 @@ class RunningNorm(nn.Module):
     @torch.no_grad()
     def observe(self, x: Tensor) -> None:
         """x: [M, T, D]; a batch with a non-finite value is left out."""
-        tokens = x.shape[1]
         mean = x.mean(1)
         # NaN and infinity reach the mean; to look at every value would cost more than all the rest.
-        if tokens == 0 or not bool(mean.isfinite().all()):
-            return
+        if x.shape[1] and bool(mean.isfinite().all()):
+            self.add(x.shape[1], mean, (x - mean[:, None]).square().sum(1))
+
+    @torch.no_grad()
+    def add(self, tokens: int, mean: Tensor, spread: Tensor) -> None:
+        """Count a batch of ``tokens`` by its mean [M, D] and its spread [M, D], the sum of squared
+        distances from that mean: all that ``observe`` makes of it."""
         total = self.count + tokens
         delta = mean - self.mean
         self.mean += delta * (tokens / total)
-        spread = (x - mean[:, None]).square().sum(1)
         self.m2 += spread + delta.square() * (self.count * tokens / total)
         self.count.copy_(total)
 

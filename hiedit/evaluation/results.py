@@ -21,6 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from hiedit.durable import sync
+
 RESULTS, DETAILS = "results.json", "details.json"
 METRICS = ("ES", "GS", "LS")
 SCORES = (*METRICS, "LS_gold", "ES_tf", "GS_tf", "LS_tf")
@@ -304,9 +306,7 @@ def _replace(path: Path, data: Any) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-    with _directory(path.parent) as handle:
-        if handle is not None:
-            os.fsync(handle)  # the rename itself must survive a power cut
+    sync(path.parent)
 
 
 @contextlib.contextmanager

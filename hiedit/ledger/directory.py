@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from hiedit.durable import sync
+
 REPORT = "hiedit_export.json"
 FORMAT = 1
 
@@ -90,8 +92,8 @@ def _finish(temporary: Path, report: dict[str, Any]) -> None:
     mode = stat.S_IMODE((temporary / REPORT).stat().st_mode)
     for path in temporary.iterdir():
         path.chmod(mode)
-        _sync(path)
-    _sync(temporary)
+        sync(path)
+    sync(temporary)
 
 
 def _swap(temporary: Path, place: Path) -> None:
@@ -104,15 +106,5 @@ def _swap(temporary: Path, place: Path) -> None:
         if old.exists():
             os.rename(old, place)
         raise
-    _sync(place.parent)
+    sync(place.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    if path.is_dir() and os.name != "posix":
-        return  # elsewhere a directory cannot be opened
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -94,7 +94,7 @@ def export_adapter(
     factors: Rows | None = None,
     rank: int | None = None,
     max_error: float | None = None,
-    base_name: str = "",
+    base_name: str | None = None,
     *,
     overwrite: bool = False,
 ) -> ExportReport:
@@ -112,7 +112,8 @@ def export_adapter(
         rank: of any module, at most.
         max_error: relative Frobenius error of any module's delta, at most: the smallest rank that
             reaches it. If ``rank`` does not allow that, ``ExportReport.bound_met`` is False.
-        base_name: path or Hub name of the base model, for ``adapter_config.json``.
+        base_name: path or Hub name of the base model, for ``adapter_config.json``; None: where
+            the model says that it came from.
         overwrite: replace whatever plain files the directory holds.
 
     Raises:
@@ -120,6 +121,8 @@ def export_adapter(
             not multiply to the delta, or the directory holds something else. Nothing is written.
     """
     model = model.model if isinstance(model, Backbone) else model
+    if base_name is None:
+        base_name = str(getattr(model.config, "_name_or_path", ""))
     directory = Path(directory)
     _check_request(rank, max_error)
     check_target(directory, overwrite)

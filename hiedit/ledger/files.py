@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from hiedit.durable import sync
 from hiedit.ledger.errors import DamagedError
 
 DTYPES = {
@@ -134,7 +135,7 @@ def write(folder: Path, stem: str, parts: Sequence[Part]) -> Written:
         finally:
             os.close(descriptor)
         os.rename(temporary, folder / file)
-        sync_directory(folder)
+        sync(folder)
     except BaseException:
         remove(temporary, folder / file)
         raise
@@ -206,15 +207,6 @@ def check_header(path: Path, size: int, header: str, specs: Iterable[Sequence[Sp
         raise DamagedError(path, "its header is not the one that was written")
     if specs is not None and first + text != header_of(specs):
         raise DamagedError(path, "its header does not name the tensors of the record")
-
-
-def sync_directory(folder: Path) -> None:
-    """Makes renames and removals in ``folder`` durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def remove(*paths: Path) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from hiedit.durable import sync
 from hiedit.ledger import files, schema
 from hiedit.ledger.errors import storage
 from hiedit.ledger.fingerprint import describe
@@ -62,7 +63,7 @@ class Store(Reader):
             for folder in (directory, *(directory / name for name in schema.FOLDERS)):
                 folder.mkdir(parents=True, exist_ok=True)
             if new:
-                files.sync_directory(directory.parent)
+                sync(directory.parent)
             self.lock = WriterLock(directory / "lock")
         try:
             with storage("open", directory):
@@ -81,7 +82,7 @@ class Store(Reader):
                     describe(modules, list(self.modules.values()))
             else:
                 schema.create(db, describe(modules or {}))
-                files.sync_directory(directory)
+                sync(directory)
             self.sweep()
         except BaseException:
             db.close()

@@ -9,7 +9,6 @@ A checkpoint is written beside its final name and renamed, so there is a whole o
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import signal
 import threading
@@ -21,6 +20,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from hiedit.durable import sync
 
 FORMAT = 1
 LEARNER = "learner"
@@ -95,10 +96,10 @@ class Checkpoints:
         identity = {"format": FORMAT, "identity": self.identity, "parts": list(parts)}
         _write(temporary / "about.json", {**identity, **about})
         for path in temporary.iterdir():
-            _sync(path)
+            sync(path)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
-        _sync(self.directory)
+        sync(self.directory)
         for old in self.paths()[: -self.keep]:
             shutil.rmtree(old, ignore_errors=True)
         return final
@@ -176,12 +177,3 @@ def _read(directory: Path, name: str) -> Snapshot:
 
 def _write(path: Path, values: Mapping[str, Any]) -> None:
     path.write_text(json.dumps(values) + "\n")
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold it: a rename may otherwise overtake the contents."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

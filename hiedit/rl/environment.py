@@ -74,13 +74,17 @@ class Environment:
         """Take all pending passes back."""
         self.pending = []
 
-    def commit(self, write: Callable[[Shifts], object] | None = None) -> Shifts:
+    def commit(
+        self,
+        write: Callable[[Shifts], object] | None = None,
+        merged: Shifts | None = None,
+    ) -> Shifts:
         """Make the pending passes part of the weights; returns them as one shift per module.
 
         write: puts the shifts into the weights; by default ``state.commit``. If it raises, the
-        passes stay pending.
+        passes stay pending. merged: what ``trial`` gave, if nothing was tried since.
         """
-        merged = self.trial()
+        merged = self.trial() if merged is None else merged
         (write or self.state.commit)(merged)
         passes, self.pending = self.pending, []
         if merged:

@@ -22,7 +22,7 @@ from hiedit.updaters.memory import statistics
 
 @dataclass(frozen=True)
 class Observed:
-    """One call of ``RunningNorm.observe``.
+    """One call of ``RunningNorm.add``.
 
     norm: its name, see ``running_norms``. tokens: T. mean: [M, D]. spread: [M, D], the sum of
     squared distances from the mean.
@@ -78,43 +78,25 @@ def recorded(parts: Mapping[str, nn.Module]) -> Iterator[list[Observed]]:
     norms = running_norms(parts)
 
     def recording(name: str, norm: RunningNorm):
-        def observe(x: Tensor) -> None:
-            summary = summarise(name, x)
-            if summary is not None:
-                seen.append(summary)
-                merge(norm, summary)
+        def add(tokens: int, mean: Tensor, spread: Tensor) -> None:
+            seen.append(Observed(name, tokens, mean, spread))
+            RunningNorm.add(norm, tokens, mean, spread)
 
-        return observe
+        return add
 
     for name, norm in norms.items():
-        norm.observe = recording(name, norm)  # the instance's own, until it is removed again
+        norm.add = recording(name, norm)  # the instance's own, until it is removed again
     try:
         yield seen
     finally:
         for norm in norms.values():
-            vars(norm).pop("observe", None)
-
-
-def summarise(norm: str, x: Tensor) -> Observed | None:
-    """x: [M, T, D], as ``RunningNorm.observe`` takes it; None where that leaves it out."""
-    fresh = RunningNorm(x.shape[0], x.shape[2]).to(x.device)
-    fresh.observe(x)  # of statistics that saw nothing before, the summary is all there is
-    return Observed(norm, int(fresh.count), fresh.mean, fresh.m2) if fresh.count else None
-
-
-@torch.no_grad()
-def merge(norm: RunningNorm, seen: Observed) -> None:
-    """The arithmetic of ``RunningNorm.observe``, operation for operation, from the summary on."""
-    mean, spread = seen.mean.to(norm.mean.device), seen.spread.to(norm.mean.device)
-    total = norm.count + seen.tokens
-    delta = mean - norm.mean
-    norm.mean += delta * (seen.tokens / total)
-    norm.m2 += spread + delta.square() * (norm.count * seen.tokens / total)
-    norm.count.copy_(total)
+            vars(norm).pop("add", None)
 
 
 def replay(parts: Mapping[str, nn.Module], seen: Sequence[Observed]) -> None:
     """Add observations to the statistics of ``parts``, in order."""
     norms = running_norms(parts)
     for summary in seen:
-        merge(norms[summary.norm], summary)
+        norm = norms[summary.norm]
+        device = norm.mean.device
+        norm.add(summary.tokens, summary.mean.to(device), summary.spread.to(device))

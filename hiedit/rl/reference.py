@@ -9,7 +9,7 @@ Shapes: ``M`` answer tokens of the unrelated prompts, ``V`` the vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -68,6 +68,28 @@ class References:
         passes = [*env.pending, {name: shift.detach() for name, shift in shifts.items()}]
         kept = AnswerLogits(answers.logits.detach(), answers.target, answers.row, answers.rows)
         self._measured.append(Measured(passes, pairs, kept))
+
+    def known(self, pairs: Sequence[Pair]) -> dict[Pair, Tensor]:
+        """What is known of ``pairs``, without computing anything."""
+        found = {pair: self._known.get(pair) for pair in dict.fromkeys(pairs)}
+        return {pair: logp for pair, logp in found.items() if logp is not None}
+
+    def keep(self, env: Environment, pairs: Sequence[Pair]) -> None:
+        """Forget all but ``pairs``, and what the last step measured and did not keep."""
+        if not self.base:
+            self._advance(env)
+        self._put(self.known(pairs))
+
+    def load(self, env: Environment, known: Mapping[Pair, Tensor]) -> None:
+        """Know exactly ``known``, of ``env`` as it is."""
+        self._measured = []
+        self._version = None if self.base else env.version
+        self._put(known)
+
+    def _put(self, known: Mapping[Pair, Tensor]) -> None:
+        self._known.clear()
+        for pair, logp in known.items():
+            self._known.put(pair, logp)
 
     def _measure(self, env: Environment, tokens: TokenBatch) -> AnswerLogits:
         if self.base:

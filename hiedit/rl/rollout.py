@@ -77,7 +77,7 @@ class Rollout:
 
         write: puts the shifts into the weights, see ``Environment.commit``.
         """
-        if self.env.commit(write) and outcome.signals is not None:
+        if self.env.commit(write, outcome.shifts) and outcome.signals is not None:
             self.updater.absorb(outcome.signals, outcome.mask)
 
     def propose(self, batch: EditBatch, on_pass: PassHook | None = None) -> Outcome:

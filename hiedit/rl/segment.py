@@ -21,6 +21,7 @@ from hiedit.config import TrainConfig
 from hiedit.data.tokens import encode
 from hiedit.rl.checkpoint import Snapshot
 from hiedit.rl.objective import Objective, Rows
+from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
 from hiedit.types import Action, EditBatch, EditRequest, Shifts, Signals
 from hiedit.updaters.memory import lifelong_state, load_lifelong_state
@@ -167,7 +168,7 @@ class Trajectory:
     def state(self) -> Snapshot:
         """All that the next segment depends on, apart from what the learner publishes."""
         rollout, objective = self.rollout, self.objective
-        prefix, known = self._prefix(), self._known()
+        prefix, known = self._prefix(), objective.references.known(self._local())
         tensors = {f"acc.{n}": a for n, a in rollout.env.state.acc.items() if bool(a.any())}
         memory = lifelong_state(rollout.updater)
         tensors |= {f"memory.{n}": t for n, t in memory.items() if n.endswith(".precision")}
@@ -216,12 +217,11 @@ class Trajectory:
             objective.past.append(Rows(_pairs(edit), _pairs(local)))
         version, numbers, gauss = values["random"]
         objective.random.setstate((version, tuple(numbers), gauss))
-        references = objective.references
-        references._measured = []
-        references._version = None if references.base else env.version
-        references._known.clear()
-        for i, pair in enumerate(values["known"]):
-            references._known.put(tuple(pair), tensors[f"known.{i}"].to(env.backbone.device))
+        known = {
+            tuple(pair): tensors[f"known.{i}"].to(env.backbone.device)
+            for i, pair in enumerate(values["known"])
+        }
+        objective.references.load(env, known)
 
     def _carry(self) -> None:
         """Of what was computed before, keep what the earlier edits in reach will ask for again.
@@ -229,16 +229,12 @@ class Trajectory:
         How a sum rounds can depend on what it was computed together with, so what is kept is part
         of the state; this much of it is small, and hardly anything else is asked for twice.
         """
-        references, env = self.objective.references, self.rollout.env
-        if not references.base:
-            references._advance(env)  # else what the last step measured would count as well
-        for cache, kept in (
-            (env.backbone.prefix.cache, self._prefix()),
-            (references._known, self._known()),
-        ):
-            cache.clear()
-            for key, value in kept.items():
-                cache.put(key, value)
+        env = self.rollout.env
+        self.objective.references.keep(env, self._local())
+        cache, kept = env.backbone.prefix.cache, self._prefix()
+        cache.clear()
+        for key, value in kept.items():
+            cache.put(key, value)
 
     def _prefix(self) -> dict[tuple[int, ...], Tensor]:
         """By the tokens of a sequence, what is kept of it below the lowest editable module."""
@@ -251,17 +247,12 @@ class Trajectory:
             tuple(ids[kept].tolist())
             for ids, kept in zip(tokens.ids, tokens.attention.bool(), strict=True)
         ]
-        return _found(backbone.prefix.cache, keys)
+        found = {key: backbone.prefix.cache.get(key) for key in dict.fromkeys(keys)}
+        return {key: value for key, value in found.items() if value is not None}
 
-    def _known(self) -> dict[tuple[str, str], Tensor]:
-        """By prompt and answer, the reference of an unrelated prompt."""
-        pairs = [pair for rows in self.objective.past for pair in rows.local]
-        return _found(self.objective.references._known, pairs)
-
-
-def _found(cache, keys) -> dict:
-    found = {key: cache.get(key) for key in dict.fromkeys(keys)}
-    return {key: value for key, value in found.items() if value is not None}
+    def _local(self) -> list[Pair]:
+        """The unrelated prompts of the earlier edits in reach."""
+        return [pair for rows in self.objective.past for pair in rows.local]
 
 
 def _below(prefix: str, tensors) -> dict[str, Tensor]:

@@ -7,6 +7,8 @@ Shapes: ``M`` modules of one shape, ``I`` in features, ``T`` tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -66,10 +68,11 @@ class Protection(nn.Module):
         finite = update.isfinite().all(-1).all(-1)[:, None, None]
         self.precision -= torch.where(finite, 0.5 * (update + update.mT), 0.0)
 
-    def energy(self, a: Tensor, r: Tensor) -> Tensor:
+    def energy(self, a: Tensor, r: Tensor, index: Sequence[int] | slice = slice(None)) -> Tensor:
         """[M]: mean squared change of the outputs on preserved prompts over their power.
 
         ``tr(R^T A C_0 A^T R) / power``, for ``delta_W^T = A^T R``; a: [M, T, I], r: [M, T, O].
+        index: which modules ``a`` and ``r`` are of, where they are not of all.
         """
-        inner = (a @ self.moment @ a.mT) * self.unit[:, None, None]
-        return (inner * (r @ r.mT)).sum((-2, -1)) / self.power
+        moment = self.moment[index] * self.unit[index, None, None]
+        return ((a @ moment @ a.mT) * (r @ r.mT)).sum((-2, -1)) / self.power[index]

@@ -157,12 +157,9 @@ class Updater(nn.Module):
             index = [m for m, n in enumerate(group.names) if n in shifts]
             if group.protection is None or not index:
                 continue
-            protection = group.protection
-            moment = protection.moment[index] * protection.unit[index, None, None]
             a = torch.stack([shifts[group.names[m]].A for m in index])
             b = torch.stack([_scaled(shifts[group.names[m]], through_mask) for m in index])
-            inner = (a @ moment @ a.mT) * (b.mT @ b)
-            for m, value in zip(index, inner.sum((-2, -1)) / protection.power[index], strict=True):
+            for m, value in zip(index, group.protection.energy(a, b.mT, index), strict=True):
                 energies[group.names[m]] = value
         zero = next(self.parameters()).new_zeros(())
         return torch.stack([zero if e is None else e for e in energies.values()])
