@@ -127,6 +127,8 @@ class ObjectiveConfig:
     whether the edit's own prompt counts beside its paraphrases (the publications leave it out).
     reference: locality is measured against the model ``before`` the step or the ``base`` model.
     c_loc: weight of the KL (per nat). c_reg: of the plain squared norm. rho: of the energy.
+    at_once: sequences of the reward in one forward and backward pass (0: all of them); fewer hold
+    fewer activations, for the same gradient up to the order of sums.
     """
 
     kind: str = "none"
@@ -139,11 +141,12 @@ class ObjectiveConfig:
     c_loc: float = 1.0
     c_reg: float = 0.0
     rho: float = 0.0
+    at_once: int = 0
 
     def __post_init__(self):
         choice("method.objective.kind", self.kind, OBJECTIVES)
         choice("method.objective.reference", self.reference, ("before", "base"))
-        for key in ("back_depth", "paraphrases", "locality", "c_loc", "c_reg", "rho"):
+        for key in ("back_depth", "paraphrases", "locality", "c_loc", "c_reg", "rho", "at_once"):
             at_least(f"method.objective.{key}", getattr(self, key), 0)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"method.objective.gamma={self.gamma!r}: it must lie in (0, 1]")

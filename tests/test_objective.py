@@ -315,3 +315,30 @@ def test_size_penalties_reach_the_gate_only_where_they_may(base_models):
         assert case.updater.groups[0].log_eta.grad.abs().sum() > 0
     assert_close(slopes["kept-out"], slopes["none"])
     assert not torch.allclose(slopes["both"], slopes["none"], rtol=0.1)
+
+
+@pytest.mark.parametrize("at_once", [1, 2, 3, 5])
+def test_a_reward_in_parts_is_the_reward(base_models, at_once):
+    """The same terms, gradients and references, some sequences at a time."""
+    found = []
+    for size in (0, at_once):
+        case = Case(base_models["phi"], rho=0.2, c_reg=0.1, at_once=size)
+        assert len(case.batch.tokens) > 5
+        mask = torch.tensor(HALF, dtype=torch.float64, requires_grad=True)
+        reward = case.reward(mask)
+        reward.loss.backward()
+        grads = [mask.grad, *(p.grad for p in case.updater.parameters() if p.grad is not None)]
+        (measured,) = case.objective.references._measured
+        seen = measured.answers
+        found.append([reward.loss, reward.edit, reward.locality, reward.size, seen.logits, *grads])
+        assert measured.pairs == case.batch.local and seen.rows == len(case.batch.local)
+        assert seen.row.tolist() == sorted(seen.row.tolist())
+        assert found[0][2] > 0 and mask.grad.abs().min() > 0
+    for whole, parts in zip(*found, strict=True):
+        assert_close(parts, whole, rtol=1e-6, atol=1e-9)
+
+
+def test_parts_need_no_gradient(base_models):
+    whole, parts = (Case(base_models["phi"], at_once=size) for size in (0, 2))
+    with torch.no_grad():
+        assert_close(*(case.reward(torch.ones(1, 4).double()).loss for case in (whole, parts)))

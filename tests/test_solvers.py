@@ -141,6 +141,26 @@ def test_gradcheck(low_rank, dense, live):
 
 
 @forms
+def test_many_tokens_do_not_shrink_the_solution(low_rank, dense):
+    """A ridge above the rounding error is the ridge, however many tokens share the system."""
+    draw = torch.Generator().manual_seed(0)
+    p = {
+        "keys": torch.randn(1, 246, 64, generator=draw),
+        "pseudo_keys": torch.randn(1, 246, 64, generator=draw),
+        "grads": torch.randn(1, 246, 5, generator=draw),
+        "eta": torch.ones(1),
+        "lam": torch.full((1,), 0.1),
+        "precision": torch.eye(64)[None],
+    }
+    assert set(p) == set(problem())
+    live = torch.ones(1, 246, dtype=torch.bool)
+    single, double = (low_rank({n: x.to(t) for n, x in p.items()}, live)
+                      for t in (torch.float32, torch.float64))  # fmt: skip
+    found, wanted = (a.mT @ r for a, r in (single, double))
+    assert_close(found.double(), wanted, rtol=0, atol=1e-3 * float(wanted.abs().max()))
+
+
+@forms
 @pytest.mark.parametrize("tokens", [2, 48, 512])
 def test_repeated_tokens_stay_finite(low_rank, dense, tokens):
     """A singular gram and no ridge to speak of, in the float32 of real edits."""

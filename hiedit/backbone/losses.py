@@ -6,6 +6,7 @@ Shapes: ``M`` answer tokens in a batch of ``N`` sequences, ``V`` the vocabulary.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +30,14 @@ class AnswerLogits:
         return AnswerLogits(
             self.logits[keep], self.target[keep], self.row[keep] - start, stop - start
         )
+
+
+def joined(parts: Sequence[AnswerLogits]) -> AnswerLogits:
+    """The sequences of all ``parts``, one part after the other."""
+    starts = [sum(p.rows for p in parts[:i]) for i in range(len(parts))]
+    row = torch.cat([p.row + start for p, start in zip(parts, starts, strict=True)])
+    logits, target = (torch.cat([getattr(p, n) for p in parts]) for n in ("logits", "target"))
+    return AnswerLogits(logits, target, row, sum(p.rows for p in parts))
 
 
 def mean_by_row(values: Tensor, answers: AnswerLogits) -> Tensor:

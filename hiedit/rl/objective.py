@@ -1,8 +1,9 @@
 """The negative reward after a transition, over the current and the last ``back_depth`` edits.
 
 One padded batch holds every sequence that the reward looks at: one forward and backward pass
-measures the model after the step. The model before it is measured on new prompts alone (no
-graph): an earlier edit keeps the prompts that it brought, and what the last step made of them.
+measures the model after the step (or several, ``at_once`` sequences each, where memory is scarce).
+The model before it is measured on new prompts alone (no graph): an earlier edit keeps the prompts
+that it brought, and what the last step made of them.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hiedit.backbone.losses import answer_kl, answer_nll
+from hiedit.backbone.losses import AnswerLogits, answer_kl, answer_nll, joined
 from hiedit.config import ObjectiveConfig
 from hiedit.data.tokens import encode
 from hiedit.rl.environment import Environment
+from hiedit.rl.parts import in_parts
 from hiedit.rl.reference import Pair, References
-from hiedit.types import EditBatch, EditRequest, Reward, Shifts, TokenBatch
+from hiedit.types import IGNORE, EditBatch, EditRequest, Reward, Shifts, TokenBatch
 
 
 @dataclass(frozen=True)
@@ -123,20 +125,53 @@ class Objective:
         may reach the mask (whoever computes the energy decides that for it).
         """
         c = self.config
-        answers = env.answers(batch.tokens, shifts)
-        nll = answer_nll(answers.take(0, batch.edits))
-        edit = (nll * batch.weights[: batch.edits]).sum()
-        zero = edit.new_zeros(())
-        locality = zero
-        if reference is not None:
-            local = answers.take(batch.edits, len(batch.tokens))
-            self.references.measured(env, batch.local, local, shifts)
-            kl = answer_kl(local, reference)
-            locality = (kl * batch.weights[batch.edits :]).sum()
+        local: list[AnswerLogits] = []  # of the unrelated prompts, part by part
+
+        def measure(shifts: Shifts, first: int, last: int) -> tuple[Tensor, Tensor]:
+            edit, locality, seen = self._measure(env, batch, reference, shifts, first, last)
+            local.extend(seen)
+            return edit + c.c_loc * locality, torch.stack([edit.detach(), locality.detach()])
+
+        rows, size = len(batch.tokens), c.at_once or len(batch.tokens)
+        if size >= rows:
+            total, terms = measure(shifts, 0, rows)
+        else:
+            bounds = [(first, min(first + size, rows)) for first in range(0, rows, size)]
+            total, terms = in_parts(measure, bounds, shifts)
+        if local:
+            self.references.measured(env, batch.local, joined(local), shifts)
+        zero = total.new_zeros(())
         power = energy.sum() if c.rho else zero
         norm = squared_norm(shifts, size_in_gate) if c.c_reg and shifts else zero
-        loss = edit + c.c_loc * locality + c.rho * power + c.c_reg * norm
-        return Reward(loss, edit.detach(), locality.detach(), (power + norm).detach())
+        loss = total + c.rho * power + c.c_reg * norm
+        return Reward(loss, *terms.unbind(), (power + norm).detach())
+
+    def _measure(self, env, batch: RewardBatch, reference, shifts: Shifts, first: int, last: int):
+        """(edit term, locality term, logits of the unrelated prompts if they count) of the rows
+        ``first`` to ``last``."""
+        whole = last - first == len(batch.tokens)
+        rows = torch.arange(first, last, device=batch.weights.device)
+        answers = env.answers(batch.tokens if whole else batch.tokens.select(rows), shifts)
+        split = min(max(batch.edits - first, 0), last - first)  # how many rows are of edits
+        weights = batch.weights[first:last]
+        nll = answer_nll(answers.take(0, split))
+        edit = (nll * weights[:split]).sum()
+        if reference is None or split == last - first:
+            return edit, edit.new_zeros(()), []
+        local = answers.take(split, last - first)
+        before = self._logp_before(batch, first + split, last, reference)
+        locality = (answer_kl(local, before) * weights[split:]).sum()
+        kept = AnswerLogits(local.logits.detach(), local.target, local.row, local.rows)
+        return edit, locality, [kept]
+
+    @staticmethod
+    def _logp_before(batch: RewardBatch, first: int, last: int, reference: Tensor) -> Tensor:
+        """The rows of ``reference`` that belong to the sequences ``first`` to ``last``."""
+        if last - first == len(batch.local):
+            return reference
+        counts = (batch.tokens.labels[batch.edits : last] != IGNORE).sum(1)
+        skip = int(counts[: first - batch.edits].sum())
+        return reference[skip : int(counts.sum())]
 
 
 def _known(request: EditRequest) -> list[Pair]:

@@ -61,11 +61,12 @@ def _ridge(gram: Tensor, target: Tensor, lam: Tensor, live: Tensor) -> Tensor:
     """``(gram + lam I)^-1 target`` over the live tokens; rows of the others are zero."""
     both = live[:, :, None] & live[:, None, :]
     eye = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device)
-    # A floor at the rounding error of the largest eigenvalue, which the trace bounds: without it
-    # repeated tokens, however many, would make the system singular.
+    # Never below the rounding error of the largest eigenvalue, which the trace bounds: without that
+    # repeated tokens, however many, would make the system singular. Where ``lam`` is above it, it
+    # is left alone: many tokens of an honest ridge must not be shrunk.
     trace = (mean_diagonal(gram.detach(), live) * live.sum(-1)).clamp(min=1e-12)
     floor = 4 * torch.finfo(gram.dtype).eps * trace
-    ridge = (lam + floor)[:, None, None] * eye
+    ridge = torch.maximum(lam, floor)[:, None, None] * eye
     system = torch.where(both, gram, torch.zeros_like(gram)) + ridge
     return solve_spd(system, target * live[:, :, None])
 
