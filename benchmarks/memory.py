@@ -2,6 +2,7 @@
 
     python benchmarks/memory.py                       # hidden 1024, intermediate 4096, 12 layers
     python benchmarks/memory.py --solver outer --rank 1024
+    python benchmarks/memory.py --at-once 4           # the reward in parts of four sequences
 
 A process of its own builds the model, notes what it holds, trains on some edits at full
 ``back_depth`` and notes the most it ever held. On the CPU that is the resident memory (VmHWM of
@@ -42,6 +43,7 @@ from hiedit.types import EditBatch, Shift  # noqa: E402
 MIB = 1 << 20
 SOLVERS = {"outer": ("outer", 2), "lstsq": ("least_squares", 4)}
 TOLERANCE = 0.2
+SEEN = ("tokens", "answers", "edit_tokens", "part")
 
 
 @dataclass(frozen=True)
@@ -68,6 +70,7 @@ class Shape:
     gate: int = 256
     tokens: int = 420
     answers: int = 50
+    part: float = 1.0
     edit_tokens: int = 21
     fused: bool = True
 
@@ -98,7 +101,7 @@ def step_bytes(s: Shape) -> dict[str, int]:
     factors: signals, normalised and pseudo signals of ``M x T`` rows of ``D``, about
     ``4 + 3 blocks`` of them in fp32 with their gradients.
     logits: rows of the vocabulary in fp32: logits, log-probabilities, the reference's and the
-    gradients of the first two.
+    gradients of the first two; of a reward in parts, those of the part and two that stay.
     """
     d, m, t = s.hidden + s.intermediate, s.modules, s.edit_tokens
     net = s.blocks * (2 * d * s.rank + s.rank + 2 * m * d)
@@ -112,9 +115,9 @@ def step_bytes(s: Shape) -> dict[str, int]:
     return {
         "learner": 16 * (net + policy),
         "ledger": m * s.hidden * s.intermediate * (4 + s.bytes),
-        "activations": int(s.tokens * ((s.layers - s.first) * row + edited)),
+        "activations": int(s.part * s.tokens * ((s.layers - s.first) * row + edited)),
         "factors": 4 * m * t * d * (4 + 3 * s.blocks),
-        "logits": 4 * 5 * s.answers * s.vocab,
+        "logits": int(4 * (2 + 3 * s.part) * s.answers * s.vocab),
     }
 
 
@@ -147,7 +150,7 @@ def train(args: argparse.Namespace, shape: Shape, edits: int) -> tuple[int, int,
         before = resident(peak=False)
     first = shape.first
     ours = Ours(model, word_tokenizer(shape.vocab), mlp_inputs(range(first, first + 6)),
-                args.solver, shape.rank)  # fmt: skip
+                args.solver, shape.rank, args.at_once)  # fmt: skip
     # Untouched memory is not resident: every module has been edited before the peak is read.
     ours.trainer.rollout.env.state.commit(_touch_all(ours.backbone.modules))
     for edit in stream[:-edits]:  # part of the reward from the first step on
@@ -161,7 +164,12 @@ def train(args: argparse.Namespace, shape: Shape, edits: int) -> tuple[int, int,
     labels = rows[-1].edit[1][0]
     answer = int((labels >= 0).sum())
     last = labels.numel() - 1 if args.solver == "outer" else answer
-    return before, after, replace(shape, tokens=tokens, answers=answers, edit_tokens=last)
+    part = min(1.0, args.at_once / (2 * DEPTH)) if args.at_once else 1.0
+    return (
+        before,
+        after,
+        replace(shape, tokens=tokens, answers=answers, edit_tokens=last, part=part),
+    )
 
 
 def _touch_all(modules) -> dict[str, Shift]:
@@ -176,7 +184,7 @@ def inside(args: argparse.Namespace) -> None:
     shape = shape_of(args)
     train(args, replace(shape, hidden=64, intermediate=128, vocab=300, rank=8), 1)
     before, after, seen = train(args, shape, args.edits)
-    counts = {k: getattr(seen, k) for k in ("tokens", "answers", "edit_tokens")}
+    counts = {k: getattr(seen, k) for k in SEEN}
     print(json.dumps({"before": before, "after": after, **counts}))
 
 
@@ -195,9 +203,9 @@ def shape_of(args: argparse.Namespace) -> Shape:
 def measure(args: argparse.Namespace) -> tuple[int, Shape]:
     """(bytes that training needed beside the model, the shape with the tokens it saw)."""
     names = ("hidden", "intermediate", "layers", "vocab", "heads", "rank", "edits", "solver",
-             "device", "dtype", "threads")  # fmt: skip
+             "device", "dtype", "threads", "at_once")  # fmt: skip
     command = [sys.executable, __file__, "--inside"]
-    command += [part for n in names for part in (f"--{n}", str(getattr(args, n)))]
+    command += [p for n in names for p in (f"--{n.replace('_', '-')}", str(getattr(args, n)))]
     command += ["--kv-heads", str(args.kv_heads)] if args.kv_heads else []
     # What is freed goes back to the system at once, so that the peak is of what was in use.
     environment = os.environ | {
@@ -208,7 +216,7 @@ def measure(args: argparse.Namespace) -> tuple[int, Shape]:
     if done.returncode:
         sys.exit(f"the process that is measured failed:\n{done.stderr[-2000:]}")
     found = json.loads(done.stdout.splitlines()[-1])
-    seen = {k: found[k] for k in ("tokens", "answers", "edit_tokens")}
+    seen = {k: found[k] for k in SEEN}
     return found["after"] - found["before"], replace(shape_of(args), **seen)
 
 
@@ -219,6 +227,7 @@ def arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name, value in sizes:
         parser.add_argument(f"--{name}", type=int, default=value, help=f"({value})")
     parser.add_argument("--kv-heads", type=int, help="of the model (as many as --heads)")
+    parser.add_argument("--at-once", type=int, default=0, help="of the reward's sequences (0: all)")
     parser.add_argument("--solver", default="lstsq", choices=tuple(SOLVERS), help="(lstsq)")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     args = prepared(parser, argv)
@@ -259,10 +268,10 @@ def main(argv: Sequence[str] | None = None) -> None:
             "nothing is extrapolated"
         )
     rows = [lines(f"{args.hidden}/{args.intermediate}", shape, measured)]
-    blocks = shape.blocks
+    blocks, part = shape.blocks, shape.part
     rank = 1920 if args.solver == "outer" else 1024
     for name, big in (("Llama-3-8B", LLAMA_8B), ("Llama-3-70B", LLAMA_70B)):
-        rows.append(lines(name, replace(big, rank=rank, blocks=blocks), None))
+        rows.append(lines(name, replace(big, rank=rank, blocks=blocks, part=part), None))
     print("MiB (and percent of the model); the rows without a measurement are the formula alone")
     print(table(["", "model", "learner", "ledger", "step", "together", "measured"], rows))
 

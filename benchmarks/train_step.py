@@ -65,9 +65,11 @@ def as_request(edit: TokenisedEdit) -> EditRequest:
 
 
 class Ours:
-    """HiEdit's training step on the paper's composition."""
+    """HiEdit's training step on the paper's composition; at_once: see ``ObjectiveConfig``."""
 
-    def __init__(self, model, tokenizer, modules: list[str], solver: str, rank: int):
+    def __init__(
+        self, model, tokenizer, modules: list[str], solver: str, rank: int, at_once: int = 0
+    ):
         kind, tokens, blocks = SOLVERS[solver]
         paper = load_method("hiedit-paper")
         method = replace(
@@ -75,7 +77,7 @@ class Ours:
             updater=replace(
                 paper.updater, solver=kind, tokens=tokens, rank=rank, blocks=blocks, eta=1e-6
             ),
-            objective=replace(paper.objective, back_depth=DEPTH - 1, c_reg=1e-2),
+            objective=replace(paper.objective, back_depth=DEPTH - 1, c_reg=1e-2, at_once=at_once),
         )
         self.backbone = Backbone(model, tokenizer, modules)
         self.trainer = build_method(self.backbone, method).trainer(TrainConfig())
