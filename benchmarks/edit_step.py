@@ -154,7 +154,7 @@ def measure(row: str, args: argparse.Namespace) -> dict[str, float]:
         passes["ours"] += rollout.step(batch_of(batches[n])).passes
         passes["theirs"] += getattr(theirs, "passes", 1)
 
-    taken = medians(alternate(runs | {"ours": ours}, args.edits, args.device, WARMUP))
+    taken = medians(alternate(runs | {"ours": ours}, args.edits, args.device, WARMUP, args.clock))
     per_edit = {name: value / args.batch for name, value in taken.items()}
     return per_edit | {"gap": gap, "passes": passes["ours"] / rounds}
 

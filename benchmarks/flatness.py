@@ -86,12 +86,12 @@ def requests(seed: int = 0) -> Iterator[EditRequest]:
 def compare(small: Edit, large: Edit, edits: int, args: argparse.Namespace) -> Flatness:
     """Brings ``large`` to ``edits``, ``small`` to the early one, then times both in alternation."""
     source = requests()
-    taken = [seconds(partial(large, r), args.device) for r in islice(source, edits)]
+    taken = [seconds(partial(large, r), args.device, args.clock) for r in islice(source, edits)]
     for request in islice(source, args.early):
         small(request)
     both = list(islice(source, args.pairs + 5))
     rounds = {"early": lambda n: small(both[n]), "late": lambda n: large(both[n])}
-    times = alternate(rounds, args.pairs, args.device, warmup=5)
+    times = alternate(rounds, args.pairs, args.device, warmup=5, clock=args.clock)
     width = max(edits // 5, 1)
     windows = tuple((at + width, statistics.median(taken[at : at + width]))
                     for at in range(0, edits - width + 1, width))  # fmt: skip

@@ -145,7 +145,7 @@ def measure(case: Case, rank: int, passes: int, args: argparse.Namespace) -> lis
         "gradient": lambda _: case.functional_gradient(stacks),
         "dense gradient": lambda _: case.dense_gradient(stacks),
     }
-    t = medians(alternate(ways, args.repeats, args.device, warmup=2))
+    t = medians(alternate(ways, args.repeats, args.device, warmup=2, clock=args.clock))
     return [
         f"{rank} x {passes}", *(f"{1e3 * value:.2f}" for value in t.values()),
         f"{t['functional'] / t['plain'] - 1:+.0%}", f"{t['dense'] / t['functional']:.2f}x",

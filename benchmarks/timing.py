@@ -24,6 +24,10 @@ def options(doc: str, quick: str) -> argparse.ArgumentParser:
     parser.add_argument("--device", default=default, help=f"cpu or cuda (default here: {default})")
     dtypes = ("float32", "bfloat16")
     parser.add_argument("--dtype", default="float32", choices=dtypes, help="of the model's weights")
+    parser.add_argument(
+        "--clock", default="wall", choices=("wall", "cpu"), help="cpu: time that the processor "
+        "spent on it, steadier than wall time where other processes run (CPU alone)"
+    )  # fmt: skip
     parser.add_argument("--threads", type=int, default=0, help="0 (default): torch's own number")
     return parser
 
@@ -33,6 +37,8 @@ def prepared(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
     args = parser.parse_args(argv)
     if args.device != "cpu" and not torch.cuda.is_available():
         parser.error(f"--device {args.device}: this torch sees no GPU; use --device cpu")
+    if args.clock == "cpu" and args.device != "cpu":
+        parser.error(f"--clock cpu: a GPU's time is not the processor's; --device {args.device}")
     if args.threads:
         torch.set_num_threads(args.threads)
     return args
@@ -41,17 +47,19 @@ def prepared(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> arg
 def machine(args: argparse.Namespace) -> str:
     """The device, the threads and the versions that a figure belongs to."""
     name = "CPU" if args.device == "cpu" else torch.cuda.get_device_name(args.device)
-    return f"{name}, {torch.get_num_threads()} threads, torch {torch.__version__}, {args.dtype}"
+    threads = f"{torch.get_num_threads()} threads, {args.clock} time"
+    return f"{name}, {threads}, torch {torch.__version__}, {args.dtype}"
 
 
-def seconds(run: Callable[[], object], device: str) -> float:
+def seconds(run: Callable[[], object], device: str, clock: str = "wall") -> float:
     """How long ``run`` takes, on a GPU until its last kernel is done."""
     wait = (lambda: None) if device == "cpu" else torch.cuda.synchronize
+    now = time.perf_counter if clock == "wall" else time.process_time
     wait()
-    begin = time.perf_counter()
+    begin = now()
     run()
     wait()
-    return time.perf_counter() - begin
+    return now() - begin
 
 
 def alternate(
@@ -59,6 +67,7 @@ def alternate(
     repeats: int,
     device: str,
     warmup: int = 1,
+    clock: str = "wall",
 ) -> dict[str, list[float]]:
     """Seconds of every run, ``repeats`` of each, in alternation: a machine that slows down slows
     all. Each is given the number of its round; the order is turned around at every other round,
@@ -68,7 +77,7 @@ def alternate(
     for number in range(warmup + repeats):
         order = list(runs.items())
         for name, run in order if number % 2 == 0 else reversed(order):
-            value = seconds(lambda run=run, number=number: run(number), device)
+            value = seconds(lambda run=run, number=number: run(number), device, clock)
             if number >= warmup:
                 taken[name].append(value)
     return taken
