@@ -46,6 +46,41 @@ class EditableModule:
         return self.module.weight
 
     @property
+    def stored(self) -> torch.Tensor:
+        """What of the weight is kept here and what commits write to: all of it, [O, I] or [I, O].
+        A shard of a model that is spread over ranks is flat."""
+        return self.module.weight.data
+
+    @property
+    def span(self) -> tuple[int, int]:
+        """The flat range of the row-major weight that ``stored`` is."""
+        return 0, self.in_features * self.out_features
+
+    def store(self, weight: torch.Tensor) -> None:
+        """``weight``, like ``stored``, takes its place; nothing is copied."""
+        self.module.weight.data = weight
+
+    def held(self) -> torch.Tensor:
+        """What ``store`` puts back later."""
+        return self.stored
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """Of a tensor with an element for each of the weight's, those that belong to ``stored``."""
+        return whole
+
+    def whole(self, part: torch.Tensor) -> torch.Tensor:
+        """The inverse of ``part``; every rank has to call it."""
+        return part
+
+    def largest(self, value: float) -> float:
+        """The largest of a number by rank; every rank has to call it."""
+        return value
+
+    def total(self, value: float) -> float:
+        """The sum of a number by rank; every rank has to call it."""
+        return value
+
+    @property
     def shape(self) -> tuple[int, int]:
         """(I, O); modules of one shape share a hypernetwork and are computed in one batch."""
         return self.in_features, self.out_features
@@ -61,7 +96,7 @@ def linear_layers(model: nn.Module) -> dict[str, EditableModule]:
         if isinstance(module, nn.Linear):
             i, o, conv = module.in_features, module.out_features, False
         elif isinstance(module, Conv1D):
-            (i, o), conv = module.weight.shape, True
+            i, o, conv = module.nx, module.nf, True
         else:
             continue
         found[name] = EditableModule(name, module, i, o, conv)

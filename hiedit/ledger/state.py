@@ -70,7 +70,8 @@ class DeltaState:
         self._peak.update(peaks)
         for names, conv1d in self._alike(shifts):
             updates = [self._update(name, shifts[name]) for name in names]
-            commit_group_(updates, conv1d=conv1d)
+            start, end = self.modules[names[0]].span
+            commit_group_(updates, start=start, end=end, conv1d=conv1d)
         self.edits += 1
 
     @torch.no_grad()
@@ -119,36 +120,49 @@ class DeltaState:
                 self._add(found[name][1], name, rest)
         for name, (base, acc, peak) in found.items():
             if not peak <= _limit(base):
-                found[name] = base, acc, _checked(name, base, acc)
+                found[name] = base, acc, self._checked(name, base, acc)
         self._replace(names, found)
 
     @torch.no_grad()
     def reset(self) -> None:
         """The base weights again, bit for bit."""
         for name, base in self.base.items():
-            self.modules[name].weight.data.copy_(base)
+            self.modules[name].stored.copy_(base)
             self.acc[name].zero_()
-            self._peak[name] = _largest(base)
+            self._peak[name] = self._top(name, base)
         self.edits = 0
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
         """Inside, the model is the unedited one; tensors are swapped, nothing is copied."""
-        edited = {name: self.modules[name].weight.data for name in self.base}
+        edited = {name: self.modules[name].held() for name in self.base}
         try:
             for name, base in self.base.items():
-                self.modules[name].weight.data = base
+                self.modules[name].store(base)
             yield
         finally:
             for name, weight in edited.items():
-                self.modules[name].weight.data = weight
+                self.modules[name].store(weight)
 
     def growth(self) -> dict[str, float]:
         """By module, the Frobenius norm of the accumulated shift over that of the base weight."""
+
+        def norm(name: str, t: Tensor) -> float:
+            return math.sqrt(self.modules[name].total(float(t.float().norm()) ** 2))
+
         return {
-            name: float(self.acc[name].norm() / base.float().norm().clamp(min=1e-12))
+            name: norm(name, self.acc[name]) / max(norm(name, base), 1e-12)
             for name, base in self.base.items()
         }
+
+    def accumulated(self) -> dict[str, Tensor]:
+        """By module that anything was added to, the sum of its shifts, of the weight's layout."""
+        held = {
+            name: acc
+            for name, acc in self.acc.items()
+            if self.modules[name].largest(float(bool(acc.any())))
+        }
+        return {name: self.modules[name].whole(acc) for name, acc in held.items()}
 
     def _held(self, name: str) -> tuple[Tensor, Tensor, float]:
         return self.base[name], self.acc[name], self._peak[name]
@@ -163,23 +177,30 @@ class DeltaState:
 
     def _begin(self, name: str, start: Tensor | None = None) -> tuple[Tensor, Tensor, float]:
         """(base, a new accumulator, peak) of a module; the base is copied if it was not yet."""
-        weight = self.modules[name].weight.data
+        module = self.modules[name]
+        weight = module.stored
         base = self.base[name] if name in self.base else weight.clone()
         if start is None:
-            return base, torch.zeros_like(weight, dtype=torch.float32), _largest(base)
-        if start.shape != weight.shape or start.dtype != torch.float32:
+            return base, torch.zeros_like(weight, dtype=torch.float32), self._top(name, base)
+        i, o = module.shape
+        expected = (i, o) if module.conv1d else (o, i)
+        if start.shape != expected or start.dtype != torch.float32:
             raise ValueError(
                 f"the starting accumulator of {name} is {start.dtype} {tuple(start.shape)}: it "
-                f"must be torch.float32 {tuple(weight.shape)}"
+                f"must be torch.float32 {expected}"
             )
-        acc = torch.empty_like(weight, dtype=torch.float32).copy_(start)
-        return base, acc, _largest(base) + _largest(acc)
+        acc = torch.empty_like(weight, dtype=torch.float32).copy_(module.part(start))
+        return base, acc, self._top(name, base) + self._top(name, acc)
+
+    def _top(self, name: str, t: Tensor) -> float:
+        """max |t| of a part of the module, over all ranks that hold one."""
+        return self.modules[name].largest(_largest(t))
 
     def _check_module(self, name: str) -> None:
         if name not in self.modules:
             known = ", ".join(self.modules)
             raise ValueError(f"{name} is not an editable module; these are: {known}")
-        weight = self.modules[name].weight
+        weight = self.modules[name].stored
         if weight.dtype not in DTYPES or not weight.is_contiguous():
             raise ValueError(
                 f"the weight of {name} is {weight.dtype} with strides {weight.stride()}: it must "
@@ -208,7 +229,7 @@ class DeltaState:
 
         def moved(name: str, shift: Shift) -> Shift:
             self._check_module(name)
-            device = self.modules[name].weight.device
+            device = self.modules[name].stored.device
             parts = (shift.A, shift.B, shift.scale)
             return Shift(*(None if t is None else t.to(device) for t in parts))
 
@@ -237,36 +258,50 @@ class DeltaState:
         groups: dict[tuple, list[str]] = {}
         for name in names:
             module = self.modules[name]
-            key = module.conv1d, module.shape, module.weight.dtype, module.weight.device
+            key = module.conv1d, module.shape, module.stored.dtype, module.stored.device
             groups.setdefault(key, []).append(name)
         return [(group, key[0]) for key, group in groups.items()]
 
     def _update(self, name: str, shift: Shift) -> Update:
-        weight, base = self.modules[name].weight.data, self.base[name]
+        weight, base = self.modules[name].stored, self.base[name]
         return Update(self.acc[name], shift.A, shift.B, shift.scale, weight, base)
 
     def _try(self, name: str, shift: Shift, base: Tensor, acc: Tensor, size: float) -> float:
         """The peak after ``shift`` where the bound that was carried along is too coarse."""
-        peak = _largest(base) + _largest(acc) + size
+        peak = self._top(name, base) + self._top(name, acc) + size
         if peak <= _limit(base):
             return peak
         trial = acc.clone()
         self._add(trial, name, [shift])
-        return _checked(name, base, trial)
+        return self._checked(name, base, trial)
+
+    def _checked(self, name: str, base: Tensor, acc: Tensor) -> float:
+        """max |W_0| + max |acc| if their rounded sum is finite; made beside the weight, so slow."""
+        weight = materialize_(torch.empty_like(base), base, acc)
+        peaks = [self._top(name, t) for t in (base, acc, weight)]
+        if not all(map(math.isfinite, peaks)):
+            raise ValueError(
+                f"{name}: the weight plus the shifts is not finite in {base.dtype} "
+                f"(largest base weight {peaks[0]:.3g}, largest sum of shifts {peaks[1]:.3g}); "
+                "nothing was changed"
+            )
+        return peaks[0] + peaks[1]
 
     def _add(self, acc: Tensor, name: str, shifts: Sequence[Shift]) -> None:
         """Adds consecutive shifts at once: the order of rank rows is all that matters."""
         A = torch.cat([shift.A.float() for shift in shifts])
         B = torch.cat([shift.B.float() for shift in shifts], 1)
         ones = [A.new_ones(s.rank) if s.scale is None else s.scale.float() for s in shifts]
-        accumulate_(acc, A, B, torch.cat(ones), conv1d=self.modules[name].conv1d)
+        module = self.modules[name]
+        start, end = module.span
+        accumulate_(acc, A, B, torch.cat(ones), start=start, end=end, conv1d=module.conv1d)
 
     def _replace(
         self, names: Iterable[str], found: Mapping[str, tuple[Tensor, Tensor, float]]
     ) -> None:
         """``found`` becomes the state of ``names``; those without are the base weights again."""
         for name in names:
-            weight = self.modules[name].weight.data
+            weight = self.modules[name].stored
             if name in found:
                 self._hold({name: found[name]})
                 materialize_(weight, self.base[name], self.acc[name])
@@ -298,16 +333,3 @@ def _limit(of: Tensor | torch.dtype) -> float:
     """A bound up to here proves the sum finite: the half leaves room for every rounding."""
     dtype = of if isinstance(of, torch.dtype) else of.dtype
     return torch.finfo(dtype).max / 2
-
-
-def _checked(name: str, base: Tensor, acc: Tensor) -> float:
-    """max |W_0| + max |acc| if their rounded sum is finite; made beside the weight, so slow."""
-    weight = materialize_(torch.empty_like(base), base, acc)
-    peaks = _largest(base), _largest(acc), _largest(weight)
-    if not all(map(math.isfinite, peaks)):
-        raise ValueError(
-            f"{name}: the weight plus the shifts is not finite in {base.dtype} "
-            f"(largest base weight {peaks[0]:.3g}, largest sum of shifts {peaks[1]:.3g}); "
-            "nothing was changed"
-        )
-    return peaks[0] + peaks[1]

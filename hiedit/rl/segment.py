@@ -169,7 +169,7 @@ class Trajectory:
         """All that the next segment depends on, apart from what the learner publishes."""
         rollout, objective = self.rollout, self.objective
         prefix, known = self._prefix(), objective.references.known(self._local())
-        tensors = {f"acc.{n}": a for n, a in rollout.env.state.acc.items() if bool(a.any())}
+        tensors = {f"acc.{n}": a for n, a in rollout.env.state.accumulated().items()}
         memory = lifelong_state(rollout.updater)
         tensors |= {f"memory.{n}": t for n, t in memory.items() if n.endswith(".precision")}
         tensors |= {f"prefix.{i}": t for i, t in enumerate(prefix.values())}
