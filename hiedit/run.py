@@ -39,9 +39,11 @@ def run(
     *,
     editor: str | None = None,
     jobs: int = 1,
+    task: Callable | None = None,
 ) -> list[MethodResult]:
     """Train and evaluate ``config.method`` (or each of ``methods``, ``jobs`` at a time) on one
     stream; print and save. ``editor`` is the directory of a trained editor to evaluate instead.
+    ``task`` does one method in place of ``run_task``, in this process.
 
     Raises:
         ValueError: on a user's mistake, before any expensive work.
@@ -56,6 +58,8 @@ def run(
         jobs = 1  # the workers are what runs at a time
     _check(config, out, editor)
     write_config(out, config)
+    if task is not None:
+        jobs = 1
     jobs = min(len(methods), jobs or (1 if torch.cuda.is_available() else min(4, cores())))
     if config.threads:
         torch.set_num_threads(config.threads)
@@ -74,7 +78,7 @@ def run(
                     tracker.metrics(step.edit, _metrics(step) | status, method=name)
 
             tasks = [(config, method, editor) for method in methods]
-            done = run_jobs(run_task, tasks, jobs, receive)
+            done = run_jobs(task or run_task, tasks, jobs, receive)
         results = [result for result, _ in done]
         histories = {r.method: history for r, history in done if history}
         paths = _save(out, config, results, histories)

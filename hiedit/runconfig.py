@@ -79,6 +79,8 @@ class DistributionConfig:
     of the job or of $RAY_ADDRESS, else starts Ray on this machine and stops it at the end.
     num_cpus, num_gpus, threads (of torch): of each worker. learner_gpus: of the learner.
     placement: how Ray spreads the workers over nodes.
+    deepspeed: of ``kind=deepspeed``, one model over several ranks: a JSON of configs/deepspeed, or
+    a path. ranks_per_worker: of one model; 0 takes as many as were started.
     checkpoint_every: versions, 0 for none; keep: how many of the newest stay. These two hold for
     ``local`` as well.
     """
@@ -98,20 +100,23 @@ class DistributionConfig:
     placement: str = "PACK"
     checkpoint_every: int = 100
     keep: int = 2
+    deepspeed: str = "zero3"
+    ranks_per_worker: int = 0
 
     def __post_init__(self):
-        choice("distribution.kind", self.kind, ("local", "ray"))
+        choice("distribution.kind", self.kind, ("local", "ray", "deepspeed"))
         choice("distribution.mode", self.mode, ("sync", "async"))
         choice("distribution.placement", self.placement, PLACEMENTS)
         for key in ("workers", "threads", "keep"):
             at_least(f"distribution.{key}", getattr(self, key), 1)
         for key in ("max_staleness", "retries", "num_gpus", "learner_gpus", "checkpoint_every"):
             at_least(f"distribution.{key}", getattr(self, key), 0)
+        at_least("distribution.ranks_per_worker", self.ranks_per_worker, 0)
         for key in ("timeout", "load_timeout", "num_cpus"):
             at_least(f"distribution.{key}", getattr(self, key), 0, strict=True)
-        if self.kind == "local" and self.workers > 1:
+        if self.kind != "ray" and self.workers > 1:
             raise ValueError(
-                f"distribution.workers={self.workers}: kind=local trains in one process; "
+                f"distribution.workers={self.workers}: kind={self.kind} trains one trajectory; "
                 "set distribution=ray"
             )
 

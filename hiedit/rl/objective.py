@@ -125,26 +125,72 @@ class Objective:
         may reach the mask (whoever computes the energy decides that for it).
         """
         c = self.config
+        if c.at_once and c.at_once < len(batch.tokens):
+            total, edit, locality = self._in_parts(env, batch, reference, shifts)
+        else:
+            edit, locality = self._terms(env, batch, reference, shifts)
+            total = edit + c.c_loc * locality
+        zero = total.new_zeros(())
+        power = energy.sum() if c.rho else zero
+        norm = squared_norm(shifts, size_in_gate) if c.c_reg and shifts else zero
+        loss = total + c.rho * power + c.c_reg * norm
+        return Reward(loss, edit.detach(), locality.detach(), (power + norm).detach())
+
+    def _measure(self, env, batch: RewardBatch, reference, shifts: Shifts, first: int, last: int):
+        """(edit term, locality term, logits of the unrelated prompts if they count) of the rows
+        ``first`` to ``last``."""
+        whole = last - first == len(batch.tokens)
+        rows = torch.arange(first, last, device=batch.weights.device)
+        answers = env.answers(batch.tokens if whole else batch.tokens.select(rows), shifts)
+        split = min(max(batch.edits - first, 0), last - first)  # how many rows are of edits
+        weights = batch.weights[first:last]
+        nll = answer_nll(answers.take(0, split))
+        edit = (nll * weights[:split]).sum()
+        if reference is None or split == last - first:
+            return edit, edit.new_zeros(()), []
+        local = answers.take(split, last - first)
+        before = self._logp_before(batch, first + split, last, reference)
+        locality = (answer_kl(local, before) * weights[split:]).sum()
+        kept = AnswerLogits(local.logits.detach(), local.target, local.row, local.rows)
+        return edit, locality, [kept]
+
+    @staticmethod
+    def _logp_before(batch: RewardBatch, first: int, last: int, reference: Tensor) -> Tensor:
+        """The rows of ``reference`` that belong to the sequences ``first`` to ``last``."""
+        if last - first == len(batch.local):
+            return reference
+        counts = (batch.tokens.labels[batch.edits : last] != IGNORE).sum(1)
+        skip = int(counts[: first - batch.edits].sum())
+        return reference[skip : int(counts.sum())]
+
+    def _terms(
+        self, env: Environment, batch: RewardBatch, reference: Tensor | None, shifts: Shifts
+    ) -> tuple[Tensor, Tensor]:
+        """(cross-entropy, KL), each the weighted sum over its rows of ``batch``."""
+        edit, locality, local = self._measure(env, batch, reference, shifts, 0, len(batch.tokens))
+        if local:
+            self.references.measured(env, batch.local, *local, shifts)
+        return edit, locality
+
+    def _in_parts(
+        self, env: Environment, batch: RewardBatch, reference: Tensor | None, shifts: Shifts
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """(edit + c_loc locality, edit, locality), ``at_once`` rows at a time; only the first has
+        a gradient."""
         local: list[AnswerLogits] = []  # of the unrelated prompts, part by part
 
         def measure(shifts: Shifts, first: int, last: int) -> tuple[Tensor, Tensor]:
             edit, locality, seen = self._measure(env, batch, reference, shifts, first, last)
             local.extend(seen)
-            return edit + c.c_loc * locality, torch.stack([edit.detach(), locality.detach()])
+            terms = torch.stack([edit.detach(), locality.detach()])
+            return edit + self.config.c_loc * locality, terms
 
-        rows, size = len(batch.tokens), c.at_once or len(batch.tokens)
-        if size >= rows:
-            total, terms = measure(shifts, 0, rows)
-        else:
-            bounds = [(first, min(first + size, rows)) for first in range(0, rows, size)]
-            total, terms = in_parts(measure, bounds, shifts)
+        rows, size = len(batch.tokens), self.config.at_once
+        bounds = [(first, min(first + size, rows)) for first in range(0, rows, size)]
+        total, terms = in_parts(measure, bounds, shifts)
         if local:
             self.references.measured(env, batch.local, joined(local), shifts)
-        zero = total.new_zeros(())
-        power = energy.sum() if c.rho else zero
-        norm = squared_norm(shifts, size_in_gate) if c.c_reg and shifts else zero
-        loss = total + c.rho * power + c.c_reg * norm
-        return Reward(loss, *terms.unbind(), (power + norm).detach())
+        return total, *terms.unbind()
 
     def _measure(self, env, batch: RewardBatch, reference, shifts: Shifts, first: int, last: int):
         """(edit term, locality term, logits of the unrelated prompts if they count) of the rows

@@ -23,6 +23,10 @@ class Trainer:
     def __init__(self, rollout: Rollout, objective: Objective, learner: Learner):
         self.rollout, self.objective, self.learner = rollout, objective, learner
 
+    def agree(self, number: int) -> int:
+        """What every process of this training goes by: the largest of their numbers."""
+        return number
+
     def run(
         self,
         requests: tuple[EditRequest, ...],
@@ -60,6 +64,7 @@ class Trainer:
             history.append(step)
             on_step(step)
             late = bool(config.max_seconds) and step.seconds > config.max_seconds
+            late = bool(self.agree(late)) if config.max_seconds else False
             return late
 
         while not late:
@@ -69,11 +74,12 @@ class Trainer:
                 if ended:
                     break
                 continue
-            stopping = stop.number is not None and not ended
+            number = self.agree(stop.number or 0)
+            stopping = bool(number) and not ended
             if ended or stopping or checkpoints.due(self.learner.version):
                 path = self._save(trajectory, history, checkpoints)
             if stopping:
-                raise stopped(stop.number, path)
+                raise stopped(number, path)
             if ended:
                 break
         return history
