@@ -180,7 +180,7 @@ def read_shards(model: nn.Module, directory: Path, ranks: Ranks) -> None:
     from safetensors import SafetensorError, safe_open
 
     where = files(directory)
-    wanted = dict(_stored(model))
+    wanted = dict(stored_tensors(model))
     absent = [name for name in wanted if name not in where]
     if absent:
         raise ValueError(
@@ -221,7 +221,7 @@ def _read(target: Tensor, source, name: str) -> None:
     target.ds_tensor.data[: end - start].copy_(rows[start - first * columns : end - first * columns])
 
 
-def _stored(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     """Parameters, tied ones once, and persistent buffers, as a checkpoint names them."""
     yield from model.named_parameters()
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
