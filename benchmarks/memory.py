@@ -14,7 +14,9 @@ and 70B in bf16 with the published ranks. Where the two differ by more than a fi
 extrapolated. Two parts stay from step to step and one goes with the step:
 
 learner        hypernetwork and policy, their gradients and Adam's two moments (fp32);
-ledger         of every editable module a copy of W_0 and the sum of its shifts (fp32);
+ledger         of every editable module a copy of W_0 and the sum of its shifts (fp32); with
+               ``model.edits_on=host`` these are in the host's memory and not on the GPU, which
+               the column "edits on host" leaves out (on a CPU the two are one memory);
 step           activations above the lowest editable module, factors, logits.
 """
 
@@ -248,7 +250,8 @@ def lines(name: str, shape: Shape, measured: int | None) -> list[str]:
         return f"{value / MIB:,.0f} ({value / model:.0%})"
 
     return [name, f"{model / MIB:,.0f}", percent(parts["learner"]), percent(parts["ledger"]),
-            percent(step), percent(total), percent(measured) if measured else "-"]  # fmt: skip
+            percent(step), percent(total), percent(total - parts["ledger"]),
+            percent(measured) if measured else "-"]  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -273,7 +276,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, big in (("Llama-3-8B", LLAMA_8B), ("Llama-3-70B", LLAMA_70B)):
         rows.append(lines(name, replace(big, rank=rank, blocks=blocks, part=part), None))
     print("MiB (and percent of the model); the rows without a measurement are the formula alone")
-    print(table(["", "model", "learner", "ledger", "step", "together", "measured"], rows))
+    print(
+        table(
+            ["", "model", "learner", "ledger", "step", "together", "edits on host", "measured"],
+            rows,
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -85,7 +85,8 @@ def load_backbone(config: ModelConfig) -> Backbone:
     trust = config.trust_remote_code
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
-    return Backbone(model.to(device), tokenizer, config.modules)
+    host = config.edits_on == "host"
+    return Backbone(model.to(device), tokenizer, config.modules, edits_on_host=host)
 
 
 def is_editor(path: str) -> bool:

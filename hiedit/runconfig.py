@@ -18,6 +18,8 @@ PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 class ModelConfig:
     """name: shown in tables. path: a Hugging Face directory or hub name, or ``world`` (embedded).
     modules: names or patterns (``model.layers.{11-15}.mlp.gate_proj``); null: the default.
+    edits_on: where W_0 and the sum of shifts are kept that a commit needs, the model's ``device``
+    or the ``host``'s memory (a quarter of an 8B model in bf16 less on the device, slower commits).
     """
 
     name: str = "world"
@@ -25,10 +27,12 @@ class ModelConfig:
     modules: list[str] | None = None
     dtype: str = "auto"
     device: str = "auto"
+    edits_on: str = "device"
     trust_remote_code: bool = False
 
     def __post_init__(self):
         choice("model.dtype", self.dtype, DTYPES)
+        choice("model.edits_on", self.edits_on, ("device", "host"))
         if not self.path:
             raise ValueError("model.path is empty: give a model directory, a hub name, or 'world'")
 

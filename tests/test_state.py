@@ -12,6 +12,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import hiedit.ledger.state
+from hiedit.backbone.host import on_host
 from hiedit.backbone.modules import EditableModule
 from hiedit.ledger.state import DeltaState
 from hiedit.types import Shift
@@ -189,3 +190,32 @@ def test_the_benchmark_runs(capsys):
     with pytest.raises(SystemExit):
         ledger_commit.main(["--chosen", "13"])
     assert "--chosen 13 must be 1 to --modules (12)" in capsys.readouterr().err
+
+
+def test_edits_kept_on_the_host_have_the_same_bits():
+    """Commits, a rebuild, a reset and the base weights for a moment: the layer computes with what
+    it would have had, and nothing of a module that no edit touches is kept."""
+    plain, ours = layers(), {name: on_host(module) for name, module in layers().items()}
+    states = DeltaState(plain), DeltaState(ours)
+    edits = list(stream())
+    for edit in edits:
+        for state in states:
+            state.commit(edit)
+        assert same(weights(plain), weights(ours))
+    touched = {name for edit in edits for name in edit}
+    assert {name for name, module in ours.items() if module.copies} == touched
+    first = ours["a"]
+    assert first.stored.data_ptr() != first.weight.data_ptr()
+    for state in states:
+        state.rebuild(["a", "b"], iter(edits[3:]))
+    assert same(weights(plain), weights(ours))
+    edited = weights(ours)
+    with states[0].base_weights(), states[1].base_weights():
+        assert same(weights(plain), weights(ours)) and not same(weights(ours), edited)
+    assert same(weights(ours), edited)
+    for state in states:
+        state.reset()
+    assert same(weights(plain), weights(ours)) and same(weights(ours), weights(layers()))
+    for state in states:
+        state.commit(edits[0])
+    assert same(weights(plain), weights(ours)) and states[1].growth() == states[0].growth()

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from hiedit.backbone.host import on_host
 from hiedit.backbone.losses import AnswerLogits
 from hiedit.backbone.modules import EditableModule, resolve_modules
 from hiedit.backbone.packing import Packing, active, packed, pays
@@ -27,6 +28,7 @@ class Backbone:
     All parameters are frozen: gradients are wanted for shifts and module outputs alone, so the
     autograd graph begins at the lowest editable module and no dense weight gradient can arise.
     The hidden states below that module are kept, at most ``prefix_bytes`` of them (0: none).
+    edits_on_host: what commits need beside the weights is kept in host memory, see ``HostModule``.
 
     Raises:
         ValueError: if ``modules`` names a layer that the model lacks.
@@ -38,10 +40,13 @@ class Backbone:
         tokenizer,
         modules: str | Sequence[str] | None = None,
         prefix_bytes: int = DEFAULT_BYTES,
+        edits_on_host: bool = False,
     ):
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
-        self.modules: Mapping[str, EditableModule] = resolve_modules(model, modules)
+        found = resolve_modules(model, modules)
+        kept = {n: on_host(m) for n, m in found.items()} if edits_on_host else found
+        self.modules: Mapping[str, EditableModule] = kept
         self.prefix = Prefix(model, self.modules, prefix_bytes)
         accepted = inspect.signature(model.forward).parameters
         self._takes_keep = "logits_to_keep" in accepted

@@ -64,6 +64,9 @@ class EditableModule:
         """What ``store`` puts back later."""
         return self.stored
 
+    def written(self) -> None:
+        """To be called when ``stored`` was written to; the layer computes with it from then on."""
+
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """Of a tensor with an element for each of the weight's, those that belong to ``stored``."""
         return whole

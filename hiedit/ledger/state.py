@@ -72,6 +72,8 @@ class DeltaState:
             updates = [self._update(name, shifts[name]) for name in names]
             start, end = self.modules[names[0]].span
             commit_group_(updates, start=start, end=end, conv1d=conv1d)
+        for name in shifts:
+            self.modules[name].written()
         self.edits += 1
 
     @torch.no_grad()
@@ -128,6 +130,7 @@ class DeltaState:
         """The base weights again, bit for bit."""
         for name, base in self.base.items():
             self.modules[name].stored.copy_(base)
+            self.modules[name].written()
             self.acc[name].zero_()
             self._peak[name] = self._top(name, base)
         self.edits = 0
@@ -301,13 +304,16 @@ class DeltaState:
     ) -> None:
         """``found`` becomes the state of ``names``; those without are the base weights again."""
         for name in names:
+            if name not in found and name not in self.base:
+                continue
             weight = self.modules[name].stored
             if name in found:
                 self._hold({name: found[name]})
                 materialize_(weight, self.base[name], self.acc[name])
-            elif name in self.base:
+            else:
                 weight.copy_(self.base[name])
                 del self.base[name], self.acc[name], self._peak[name]
+            self.modules[name].written()
 
 
 def _largest(t: Tensor) -> float:

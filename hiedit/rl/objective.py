@@ -136,33 +136,6 @@ class Objective:
         loss = total + c.rho * power + c.c_reg * norm
         return Reward(loss, edit.detach(), locality.detach(), (power + norm).detach())
 
-    def _measure(self, env, batch: RewardBatch, reference, shifts: Shifts, first: int, last: int):
-        """(edit term, locality term, logits of the unrelated prompts if they count) of the rows
-        ``first`` to ``last``."""
-        whole = last - first == len(batch.tokens)
-        rows = torch.arange(first, last, device=batch.weights.device)
-        answers = env.answers(batch.tokens if whole else batch.tokens.select(rows), shifts)
-        split = min(max(batch.edits - first, 0), last - first)  # how many rows are of edits
-        weights = batch.weights[first:last]
-        nll = answer_nll(answers.take(0, split))
-        edit = (nll * weights[:split]).sum()
-        if reference is None or split == last - first:
-            return edit, edit.new_zeros(()), []
-        local = answers.take(split, last - first)
-        before = self._logp_before(batch, first + split, last, reference)
-        locality = (answer_kl(local, before) * weights[split:]).sum()
-        kept = AnswerLogits(local.logits.detach(), local.target, local.row, local.rows)
-        return edit, locality, [kept]
-
-    @staticmethod
-    def _logp_before(batch: RewardBatch, first: int, last: int, reference: Tensor) -> Tensor:
-        """The rows of ``reference`` that belong to the sequences ``first`` to ``last``."""
-        if last - first == len(batch.local):
-            return reference
-        counts = (batch.tokens.labels[batch.edits : last] != IGNORE).sum(1)
-        skip = int(counts[: first - batch.edits].sum())
-        return reference[skip : int(counts.sum())]
-
     def _terms(
         self, env: Environment, batch: RewardBatch, reference: Tensor | None, shifts: Shifts
     ) -> tuple[Tensor, Tensor]:
