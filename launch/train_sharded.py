@@ -67,7 +67,9 @@ def configured(arguments: list[str]):
     rest = [a for a in arguments if a.split("=", 1)[0] not in given]
     if "resume" in given:
         if rest or "editor" in given:
-            raise ValueError(f"resume={given['resume']} goes on with the settings it had: give it alone")
+            raise ValueError(
+                f"resume={given['resume']} goes on with the settings it had: give it alone"
+            )
         return read_config(given["resume"]), None
     if not any(a.startswith("distribution=") for a in rest):
         rest.append("distribution=deepspeed")

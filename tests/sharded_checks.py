@@ -25,7 +25,6 @@ from hiedit.rl.checkpoint import Checkpoints  # noqa: E402
 from hiedit.rl.learner import Learner  # noqa: E402
 from hiedit.rl.objective import Objective  # noqa: E402
 from hiedit.rl.segment import train_edit  # noqa: E402
-from hiedit.rl.training import Trainer  # noqa: E402
 from hiedit.runconfig import ModelConfig  # noqa: E402
 from hiedit.sharded.loading import load_sharded  # noqa: E402
 from hiedit.sharded.modules import span  # noqa: E402
@@ -33,7 +32,7 @@ from hiedit.sharded.ranks import join  # noqa: E402
 from hiedit.sharded.saving import export_sharded_adapter, gathered, save_sharded  # noqa: E402
 from hiedit.sharded.split import SplitObjective  # noqa: E402
 from hiedit.sharded.traffic import counted, least  # noqa: E402
-from hiedit.sharded.training import SharedCheckpoints, ShardedTrainer  # noqa: E402
+from hiedit.sharded.training import ShardedTrainer, SharedCheckpoints  # noqa: E402
 from hiedit.types import EditBatch, Shift  # noqa: E402
 from hiedit.world import world_requests, world_stream  # noqa: E402
 from hiedit.world.preserve import preservation_pairs  # noqa: E402
@@ -43,11 +42,12 @@ CPU = {"dtype": "float32", "device": "cpu"}
 
 
 def far(one: dict, other: dict) -> float:
-    """The largest relative distance of tensors by name; infinite where names differ."""
-    if list(one) != list(other):
+    """The largest distance of tensors by name over the largest of their norms (a part that cancels
+    to almost nothing has no relative error to speak of); infinite where names differ."""
+    if list(one) != list(other) or not one:
         return float("inf")
-    tops = [float((one[n] - other[n]).norm() / other[n].norm().clamp(min=1e-12)) for n in one]
-    return max(tops, default=float("inf"))
+    largest = max(float(t.norm()) for t in other.values())
+    return max(float((one[n] - other[n]).norm()) for n in one) / max(largest, 1e-12)
 
 
 def same(one: dict, other: dict) -> bool:
@@ -111,9 +111,7 @@ def equality(ranks, sharded, local) -> dict:
     if len(recorded) == 2:
         for kind in recorded[0][0]:
             found[kind] = max(far(a[kind], b[kind]) for a, b in zip(*recorded, strict=True))
-        found["gradient_norm"] = float(
-            sum(g.norm() for g in recorded[1][-1]["gradients"].values())
-        )
+        found["gradient_norm"] = float(sum(g.norm() for g in recorded[1][-1]["gradients"].values()))
         found["parameters"] = len(recorded[1][-1]["gradients"])
     return found
 
@@ -155,7 +153,38 @@ def twenty_edits(ranks, sharded, local, scratch: Path) -> dict:
         "reset": same(reset, before),
     }
     twin.rollout.reset()
+    found["saved"] = written(scratch, after, before)
     return found
+
+
+def written(scratch: Path, after: dict, before: dict) -> dict:
+    """The checkpoint and the adapter on disk, against the weights that were gathered."""
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    parts = sorted((scratch / "merged").glob("model-*.safetensors"))
+    loaded = AutoModelForCausalLM.from_pretrained(scratch / "merged")
+    factors = load_file(scratch / "adapter" / "adapter_model.safetensors")
+    distance = 0.0
+    for name in [n for n in before if not torch.equal(before[n], after[n])]:
+        stem = "base_model.model." + name.removesuffix(".weight")
+        delta = factors[f"{stem}.lora_B.weight"] @ factors[f"{stem}.lora_A.weight"]
+        change = after[name] - before[name]
+        distance = max(distance, float((delta - change).norm() / after[name].norm()))
+    return {
+        "files": len(parts),
+        "largest": max(p.stat().st_size for p in parts[:-1]),
+        "merged": same({n: p.detach() for n, p in loaded.named_parameters()}, after),
+        "adapter": distance,
+    }
+
+
+def loading(ranks, sharded) -> dict:
+    """Bytes that this rank read of the checkpoint, and its part of the model."""
+    part = sum(
+        p.ds_tensor.ds_numel * p.ds_tensor.element_size() for p in sharded.model.parameters()
+    )
+    return {"read": sharded.read_bytes, "part": part}
 
 
 def odd_shapes(ranks, scratch: Path) -> dict:
@@ -173,7 +202,10 @@ def odd_shapes(ranks, scratch: Path) -> dict:
             model.save_pretrained(place, max_shard_size="20KB")
             tiny_tokenizer().save_pretrained(place)
         ranks.barrier()
-        pattern = {"llama": ["model.layers.{1-2}.mlp.gate_proj"], "gpt2": ["transformer.h.{1-2}.mlp.c_fc"]}
+        pattern = {
+            "llama": ["model.layers.{1-2}.mlp.gate_proj"],
+            "gpt2": ["transformer.h.{1-2}.mlp.c_fc"],
+        }
         config = ModelConfig(name, str(place), pattern[name], str(dtype)[6:], "cpu")
         sharded = load_sharded(config, ranks)
         from hiedit.rl.environment import Environment
@@ -242,7 +274,9 @@ def traffic(ranks, sharded) -> dict:
     trainer = ShardedTrainer(parts, TrainConfig(edits=4), ranks)
     trainer.edit(EditBatch((requests[0],), 0))
     calls = {"forward": 0, "backward": 0}
-    handle = sharded.model.register_forward_hook(lambda *_: calls.update(forward=calls["forward"] + 1))
+    handle = sharded.model.register_forward_hook(
+        lambda *_: calls.update(forward=calls["forward"] + 1)
+    )
     inner = torch.autograd.grad
 
     def grad(*a, **k):
@@ -261,7 +295,11 @@ def traffic(ranks, sharded) -> dict:
     torch.autograd.grad = inner
     handle.remove()
     parts.rollout.reset()
-    return {"sent": sent, "least": least(sharded, **{f"{k}s": v for k, v in calls.items()}), **calls}
+    return {
+        "sent": sent,
+        "least": least(sharded, **{f"{k}s": v for k, v in calls.items()}),
+        **calls,
+    }
 
 
 def main(out: Path, scratch: Path) -> None:
@@ -275,6 +313,7 @@ def main(out: Path, scratch: Path) -> None:
         ("equality", lambda: equality(ranks, sharded, local)),
         ("twenty_edits", lambda: twenty_edits(ranks, sharded, local, scratch)),
         ("odd_shapes", lambda: odd_shapes(ranks, scratch)),
+        ("loading", lambda: loading(ranks, sharded)),
         ("resume", lambda: resume(ranks, sharded, scratch)),
         ("traffic", lambda: traffic(ranks, sharded)),
     ):
@@ -283,6 +322,7 @@ def main(out: Path, scratch: Path) -> None:
         if ranks.main:
             print(name, json.dumps(found[name]), flush=True)
     if ranks.main:
+        found["saved"] = found["twenty_edits"].pop("saved")
         out.write_text(json.dumps(found))
 
 

@@ -34,7 +34,8 @@ CORE = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "yaml", "
 OPTIONAL = ("datasets", "hydra", "omegaconf", "typer", "rich", "mlflow", "ray", "deepspeed", "peft",
             "matplotlib", "scipy", "pandas", "sklearn")  # fmt: skip
 # The only rooms that may import these, lazily or not.
-OWNERS = {"mlflow": {"tracking"}, "ray": {"distributed"}, "typer": {"cli"}}
+OWNERS = {"mlflow": {"tracking"}, "ray": {"distributed"}, "typer": {"cli"},
+          "deepspeed": {"sharded"}}  # fmt: skip
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MAX_LINES = 400

@@ -39,9 +39,9 @@ class ShardedBackbone(Backbone):
     below the lowest editable module is off: ZeRO-3 follows the modules that it knows.
     """
 
-    def __init__(self, engine, tokenizer, modules, ranks: Ranks):
+    def __init__(self, engine, tokenizer, modules, ranks: Ranks, read_bytes: int = 0):
         super().__init__(engine.module, tokenizer, modules, prefix_bytes=0)
-        self.engine, self.ranks = engine, ranks
+        self.engine, self.ranks, self.read_bytes = engine, ranks, read_bytes
         self.modules = sharded_modules(self.modules, ranks)
 
     @property
@@ -67,13 +67,15 @@ def load_sharded(
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     dtype = _dtype(config, architecture, directory)
     empty = _empty(architecture, trust)
-    smallest = min(m.in_features * m.out_features for m in resolve_modules(empty, config.modules).values())
+    smallest = min(
+        m.in_features * m.out_features for m in resolve_modules(empty, config.modules).values()
+    )
     values = settings(read_settings(deepspeed_config), dtype, smallest)
     model = build(architecture, dtype, values, trust)
     engine = engine_of(model, values)
     restore_buffers(engine.module, architecture, dtype, trust, ranks.device)
-    read_shards(engine.module, directory, ranks)
-    return ShardedBackbone(engine, tokenizer, config.modules, ranks)
+    count = read_shards(engine.module, directory, ranks)
+    return ShardedBackbone(engine, tokenizer, config.modules, ranks, count)
 
 
 def _empty(architecture, trust: bool) -> nn.Module:
@@ -91,9 +93,7 @@ def build(architecture, dtype: torch.dtype, values: Mapping[str, Any], trust: bo
 
     # Init takes the dtype from `values`; given both, it falls back to bf16 on a CPU.
     with no_init_weights(), deepspeed.zero.Init(config_dict_or_path=dict(values)):
-        model = AutoModelForCausalLM.from_config(
-            architecture, dtype=dtype, trust_remote_code=trust
-        )
+        model = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trust)
     model.tie_weights()
     return model.eval().requires_grad_(False)
 
@@ -105,9 +105,7 @@ def restore_buffers(model: nn.Module, architecture, dtype, trust: bool, device) 
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), _parameters_on_meta():
-        fresh = AutoModelForCausalLM.from_config(
-            architecture, dtype=dtype, trust_remote_code=trust
-        )
+        fresh = AutoModelForCausalLM.from_config(architecture, dtype=dtype, trust_remote_code=trust)
     for name, value in fresh.named_buffers():
         place, _, leaf = name.rpartition(".")
         model.get_submodule(place)._buffers[leaf] = value.to(device)
@@ -175,8 +173,9 @@ def files(directory: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def read_shards(model: nn.Module, directory: Path, ranks: Ranks) -> None:
-    """Fill this rank's part of every parameter, and every buffer that the checkpoint holds."""
+def read_shards(model: nn.Module, directory: Path, ranks: Ranks) -> int:
+    """Fill this rank's part of every parameter, and every buffer that the checkpoint holds; returns
+    the bytes that were read."""
     from safetensors import SafetensorError, safe_open
 
     where = files(directory)
@@ -191,34 +190,39 @@ def read_shards(model: nn.Module, directory: Path, ranks: Ranks) -> None:
     for name in wanted:
         by_file.setdefault(where[name], []).append(name)
     with Progress() as progress:
-        done = 0
+        done = count = 0
         for path, names in by_file.items():
             try:
                 with safe_open(path, "pt") as f:
                     for name in names:
-                        _read(wanted[name], f.get_slice(name), name)
+                        count += _read(wanted[name], f.get_slice(name), name)
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
             done += len(names)
             if ranks.main:
                 progress.show(Update("load", "tensors", done, len(wanted)))
+    return count
 
 
-def _read(target: Tensor, source, name: str) -> None:
+def _read(target: Tensor, source, name: str) -> int:
+    """Fill ``target`` from the rows of ``source`` that it lies in; returns their bytes."""
     shape = tuple(source.get_shape())
     expected = tuple(getattr(target, "ds_shape", target.shape))
     if shape != expected:
         raise ValueError(f"{name} is {shape} in the checkpoint; the model's config says {expected}")
     if not hasattr(target, "ds_tensor"):
         target.copy_(source[:] if shape else source[...])
-        return
+        return target.numel() * target.element_size()
     start, end = span(target)
     if start == end:
-        return
+        return 0
     columns = target.ds_numel // shape[0]
     first, last = start // columns, -(-end // columns)
     rows = source[first:last].reshape(-1)
-    target.ds_tensor.data[: end - start].copy_(rows[start - first * columns : end - first * columns])
+    target.ds_tensor.data[: end - start].copy_(
+        rows[start - first * columns : end - first * columns]
+    )
+    return rows.numel() * rows.element_size()
 
 
 def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -81,9 +81,7 @@ def sharded_modules(
 ) -> dict[str, ShardedModule]:
     """The same modules of a model that ZeRO-3 has partitioned."""
     return {
-        name: ShardedModule(
-            m.name, m.module, m.in_features, m.out_features, m.conv1d, ranks=ranks
-        )
+        name: ShardedModule(m.name, m.module, m.in_features, m.out_features, m.conv1d, ranks=ranks)
         for name, m in modules.items()
     }
 

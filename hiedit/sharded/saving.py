@@ -131,9 +131,7 @@ class _Writer:
             self.held, self.size = {}, 0
 
 
-def adapter_rows(
-    shifts_by_edit, names: list[str]
-) -> Mapping[str, tuple[Tensor, Tensor]]:
+def adapter_rows(shifts_by_edit, names: list[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
     """By module, ``(A [R, I], B [O, R])`` of all shifts in order, scales multiplied into B."""
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for shifts in shifts_by_edit:
@@ -181,7 +179,5 @@ def export_sharded_adapter(
         tensors[f"base_model.model.{name}.lora_B.weight"] = b.contiguous()
     with replacing(directory, {"kind": "adapter"}, overwrite) as temporary:
         save_file(tensors, temporary / WEIGHTS, metadata={"format": "pt"})
-        write_json(
-            temporary / CONFIG, adapter_config(backbone.model, ranks, base_name, conv1d)
-        )
+        write_json(temporary / CONFIG, adapter_config(backbone.model, ranks, base_name, conv1d))
     return directory

@@ -55,7 +55,9 @@ class SplitObjective(Objective):
         locality = (answer_kl(local, reference[here]) * weights[edits:]).sum()
         whole = reference.new_zeros(len(here), local.logits.shape[-1])
         whole[here] = local.logits.detach().float() * (not filler)
-        everyone = AnswerLogits(self.ranks.sum_(whole, "logits"), known.target, known.row, known.rows)
+        everyone = AnswerLogits(
+            self.ranks.sum_(whole, "logits"), known.target, known.row, known.rows
+        )
         self.references.measured(env, batch.local, everyone, shifts)
         return self._total(edit), self._total(locality)
 
