@@ -103,7 +103,8 @@ def test_train_sharded_end_to_end(tmp_path):
     settings_ = ["model=world", "method=hiedit", "stream.length=2", "train.edits=2",
                  "method.selector.effect_edits=2", "method.updater.preserve=40",
                  "method.updater.rank=8", "method.passes.max=2", "evaluate.points=1",
-                 "evaluate.batch=32", "tracking.mode=off", f"run_dir={tmp_path / 'run'}"]  # fmt: skip
+                 "evaluate.batch=32", "tracking.mode=off",
+                 f"run_dir={tmp_path / 'run'}"]  # fmt: skip
     done = launched("launch/train_sharded.py", *settings_)
     assert done.returncode == 0, done.stderr[-4000:]
     rows = json.loads((tmp_path / "run" / "results.json").read_text())

@@ -1,7 +1,8 @@
 """`hiedit`: the command line. Every command is a thin shell over a room of the library.
 
-shared: what the commands have in common. runs: training and measuring. plan: what a run needs. edits: editing a model of
-one's own, with input and reports. ledgers: looking at edits, taking them back, handing them on.
+shared: what the commands have in common. runs: training and measuring. plan: what a run needs.
+edits: editing a model of one's own, with input and reports. ledgers: looking at edits, taking them
+back, handing them on.
 """
 
 import sys

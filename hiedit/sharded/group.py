@@ -11,7 +11,9 @@ from dataclasses import dataclass
 
 from hiedit.runconfig import ModelConfig
 from hiedit.sharded.loading import ShardedBackbone, load_sharded
-from hiedit.sharded.ranks import join
+from hiedit.sharded.ranks import RankLost, join, lost
+
+__all__ = ["Place", "RankLost", "lost", "meeting_place", "replica"]
 
 
 @dataclass(frozen=True)

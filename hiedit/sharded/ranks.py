@@ -114,7 +114,8 @@ class Ranks:
 
 @contextmanager
 def lost() -> Iterator[None]:
-    """A collective that fails because a rank is gone is a ``RankLost`` that says so."""
+    """A collective that fails because a rank is gone is a ``RankLost`` that says so; around
+    whatever a rank does with a sharded model, as DeepSpeed's gathers fail the same way."""
     try:
         yield
     except RuntimeError as error:

@@ -24,7 +24,7 @@ from hiedit.rl.training import TrainStep
 from hiedit.run import checkpoints_of, run
 from hiedit.runconfig import RunConfig
 from hiedit.sharded.loading import load_sharded
-from hiedit.sharded.ranks import Ranks, join
+from hiedit.sharded.ranks import Ranks, join, lost
 from hiedit.sharded.training import ShardedTrainer, SharedCheckpoints
 
 
@@ -44,11 +44,12 @@ def run_sharded(
     torch.set_num_threads(config.threads or 1)
     job = _Job(ranks)
     try:
-        if ranks.main:
-            return run(config, methods, editor=editor, task=job)
-        for method in [None] if editor else list(methods) or [config.method]:
-            job(config, method, editor, lambda message: None)
-        return []
+        with lost():
+            if ranks.main:
+                return run(config, methods, editor=editor, task=job)
+            for method in [None] if editor else list(methods) or [config.method]:
+                job(config, method, editor, lambda message: None)
+            return []
     finally:
         job.close()
 

@@ -16,7 +16,7 @@ from hiedit.sharded.split import SplitObjective
 
 
 class ShardedTrainer(Trainer):
-    """A ``Trainer`` whose ranks stop together: when the clock or a signal of one of them says so."""
+    """A ``Trainer`` whose ranks stop together, when the clock or a signal of one says so."""
 
     def __init__(self, parts: Method, config: TrainConfig, ranks: Ranks, seed: int = 0):
         rollout = parts.rollout
