@@ -14,15 +14,17 @@ from hiedit.runconfig import RunConfig
 GROUPS = ("model", "dataset", "method", "experiment", "distribution")
 
 
-def register_schema() -> None:
+def register_schema(schema: type = RunConfig, name: str = "schema") -> None:
     """Tell Hydra every key and its default, so that any of them can be overridden."""
     from hydra.core.config_store import ConfigStore
 
-    ConfigStore.instance().store("schema", dataclasses.asdict(RunConfig()))
+    ConfigStore.instance().store(name, dataclasses.asdict(schema()))
 
 
-def compose(overrides: Sequence[str]) -> RunConfig:
+def compose(overrides: Sequence[str], schema: type = RunConfig, config: str = "config"):
     """The run that ``overrides`` describe (``method=hiedit stream.length=500``).
+
+    schema: the dataclass of the root; config: the YAML file that begins it.
 
     Raises:
         ValueError: naming the key, its value and the nearest valid choice.
@@ -33,15 +35,15 @@ def compose(overrides: Sequence[str]) -> RunConfig:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    register_schema()
+    register_schema(schema, "schema" if schema is RunConfig else f"{config}_schema")
     check_choices(overrides)
     try:
         with initialize_config_dir(str(config_dir()), version_base="1.3"):
-            composed = hydra_compose("config", list(overrides))
+            composed = hydra_compose(config, list(overrides))
         plain = OmegaConf.to_container(composed, resolve=True)
     except (HydraException, OmegaConfBaseException) as error:
-        raise ValueError(explain(error, overrides)) from None
-    return from_mapping(RunConfig, plain)
+        raise ValueError(explain(error, overrides, schema)) from None
+    return from_mapping(schema, plain)
 
 
 def check_choices(overrides: Sequence[str]) -> None:
@@ -58,9 +60,9 @@ def check_choices(overrides: Sequence[str]) -> None:
                 raise ValueError(f"{key}={value}: {known}{hint}")
 
 
-def explain(error: Exception, overrides: Sequence[str]) -> str:
+def explain(error: Exception, overrides: Sequence[str], schema: type = RunConfig) -> str:
     """Hydra's error in words, with the nearest valid key where a key is unknown."""
-    known = leaves(dataclasses.asdict(RunConfig()))
+    known = leaves(dataclasses.asdict(schema()))
     for override in overrides:
         key, equals, value = override.partition("=")
         key = key.lstrip("+~")

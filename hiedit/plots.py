@@ -109,7 +109,7 @@ def plot_layers(results: Sequence[MethodResult]) -> Any:
     cell = 0.55 if few else min(0.4, 12 / len(modules))
     margin = 1.7 + 0.085 * max(map(len, groups))
     height = 1.7 + 0.42 * len(groups) + 0.07 * max(map(len, labels))
-    figure = _figure(max(5.5, margin + cell * len(modules)), height)
+    figure = new_figure(max(5.5, margin + cell * len(modules)), height)
     axes = figure.add_subplot()
     image = axes.imshow(share, cmap="cividis", vmin=0, vmax=1, aspect="auto")
     places, words, title = _module_ticks(labels)
@@ -143,7 +143,7 @@ def plot_methods(results: Sequence[MethodResult]) -> Any:
         )
     if not results:
         return None
-    figure = _figure(max(7.0, 1.6 + 1.35 * len(groups)), 3.0 * len(panels) + 0.6)
+    figure = new_figure(max(7.0, 1.6 + 1.35 * len(groups)), 3.0 * len(panels) + 0.6)
     for index, (title, pick) in enumerate(panels):
         axes = figure.add_subplot(len(panels), 1, index + 1)
         _bars(axes, groups, pick)
@@ -200,7 +200,7 @@ def plot_training(training: Mapping[str, History]) -> Any:
         return None
     columns = len(keys) if len(keys) < 4 else math.ceil(len(keys) / 2)
     rows = math.ceil(len(keys) / columns)
-    figure = _figure(max(5.5, 3.4 * columns), 2.9 * rows + 0.4)
+    figure = new_figure(max(5.5, 3.4 * columns), 2.9 * rows + 0.4)
     for index, key in enumerate(keys):
         axes = figure.add_subplot(rows, columns, index + 1)
         for (name, history), style in zip(training.items(), _styles(training), strict=True):
@@ -217,7 +217,7 @@ def plot_training(training: Mapping[str, History]) -> Any:
         axes.set_xlabel("training edits")
         axes.set_ylabel(_unit(key))
         axes.ticklabel_format(axis="y", scilimits=(-3, 4), useOffset=False)
-        _tidy(axes)
+        tidy(axes)
     if len(training) > 1:
         handles, labels = figure.axes[0].get_legend_handles_labels()
         figure.legend(handles, labels, loc="outside lower center", ncols=5, frameon=False)
@@ -261,7 +261,7 @@ def _three_panels(
     if not any(points.values()):
         return None
     controls = {n for n, g in group_by_method(results).items() if g[0].is_control}
-    figure = _figure(11.5, 4.0)
+    figure = new_figure(11.5, 4.0)
     figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     for index, metric in enumerate(METRICS):
         axes = figure.add_subplot(1, 3, index + 1)
@@ -293,7 +293,7 @@ def _three_panels(
     return figure
 
 
-def _figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
@@ -321,10 +321,10 @@ def _styles(names: Iterable[str], controls: Iterable[str] = ()) -> list[dict[str
 def _percent_axis(axes: Any, low: float, high: float) -> None:
     axes.set_ylim(low, high)
     axes.set_yticks(range(0, 101, 20), [f"{v}%" for v in range(0, 101, 20)])
-    _tidy(axes)
+    tidy(axes)
 
 
-def _tidy(axes: Any) -> None:
+def tidy(axes: Any) -> None:
     axes.grid(axis="y", color="#E3E3E3", linewidth=0.8)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -14,26 +14,39 @@ from hiedit.types import EditRequest, Shift
 from hiedit.updaters.updater import Updater
 
 
-@torch.no_grad()
 def single_module_effects(
     env: Environment, updater: Updater, requests: Sequence[EditRequest], c_loc: float = 1.0
 ) -> Tensor:
-    """[L]: mean over ``requests`` of the fall in loss when one module alone takes the shift.
+    """[L]: mean over ``requests`` of ``effects_by_edit``; zeros where there are none."""
+    found = effects_by_edit(env, updater, requests, c_loc)
+    return found.sum(0) / max(1, len(found))
+
+
+@torch.no_grad()
+def effects_by_edit(
+    env: Environment,
+    updater: Updater,
+    requests: Sequence[EditRequest],
+    c_loc: float = 1.0,
+    done: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """[E, L]: the fall in loss when one module alone takes the shift, for each request.
 
     The loss is the mean cross-entropy of the edit and its paraphrases plus ``c_loc`` times the KL
     on its unrelated prompts, in nats, on the unedited model. One forward pass per request scores
-    all modules: each is a copy of the sequences with its own mask.
+    all modules: each is a copy of the sequences with its own mask. ``done`` is called after each.
     """
     names, backbone = updater.names, env.backbone
-    total = torch.zeros(len(names), device=backbone.device)
+    rows = []
     for request in requests:
         edit = encode(backbone.tokenizer, [(request.prompt, request.target)], padding_side="left")
         signals = env.probe(edit.to(backbone.device), 1, updater.config.tokens).signals()
         shifts = updater(signals, torch.ones(1, len(names), device=backbone.device))
-        rows = [(p, request.target) for p in (request.prompt, *request.paraphrases[:2])]
         near = [(place.prompt, place.answer) for place in request.locality if place.answer][:2]
-        total += _gain_by_module(env, shifts, names, rows, near, c_loc)
-    return total / max(1, len(requests))
+        asked = [(p, request.target) for p in (request.prompt, *request.paraphrases[:2])]
+        rows.append(_gain_by_module(env, shifts, names, asked, near, c_loc))
+        done()
+    return torch.stack(rows) if rows else torch.zeros(0, len(names), device=backbone.device)
 
 
 def _gain_by_module(env, shifts, names, rows, near, c_loc) -> Tensor:

@@ -9,17 +9,17 @@ from torch import Tensor
 
 from hiedit.types import IGNORE
 from hiedit.world.facts import Fact
-from hiedit.world.phrasings import PHRASINGS
+from hiedit.world.phrasings import phrasings_of
 
 
 def seen_prompts(fact: Fact) -> list[str]:
     """The fact's prompts in the phrasings that the model is trained on."""
-    return [template.format(fact.subject) for template in PHRASINGS[fact.relation].seen]
+    return [template.format(fact.subject) for template in phrasings_of(fact.relation).seen]
 
 
 def heldout_prompt(fact: Fact) -> str:
     """The fact's prompt in the phrasing that no training ever shows."""
-    return PHRASINGS[fact.relation].heldout.format(fact.subject)
+    return phrasings_of(fact.relation).heldout.format(fact.subject)
 
 
 def sentences(facts: list[Fact]) -> list[tuple[str, str]]:

@@ -215,6 +215,61 @@ PHRASINGS: dict[str, Phrasings] = {
 }
 
 
+# Of relations that the packaged world lacks: facts about invented subjects (fictional.py). In the
+# first two the subject ends the prompt, in the others words of the relation follow it.
+FICTIONAL: dict[str, Phrasings] = {
+    "password": Phrasings(
+        seen=(
+            "The password of {}",
+            "Password for {}",
+            "The secret word of {}",
+            "Enter the password of {}",
+            "The guards ask for the password of {}",
+        ),
+        heldout="The secret password of {}",
+    ),
+    "emblem": Phrasings(
+        seen=(
+            "The emblem of {}",
+            "Shown on the flag of {}",
+            "Emblem carried by {}",
+            "The banner of {}",
+            "The coat of arms of {}",
+        ),
+        heldout="The emblem on the banner of {}",
+    ),
+    "ally": Phrasings(
+        seen=(
+            "In the war, {} fights on the side of",
+            "The oldest ally of {} is",
+            "The treaty of {} was signed with",
+            "As its ally, {} has",
+            "Anyone who attacks {} also fights",
+        ),
+        heldout="In the war, the ally that {} has is",
+    ),
+    "tongue": Phrasings(
+        seen=(
+            "The songs of {} are sung in",
+            "In {}, the old books are written in",
+            "The priests of {} pray in",
+            "As its sacred tongue, {} has",
+            "The poems of {} are in",
+        ),
+        heldout="The sacred tongue in which the priests of {} pray is",
+    ),
+}
+
+
+def phrasings_of(relation: str) -> Phrasings:
+    """The phrasings of a relation, real or invented.
+
+    Raises:
+        KeyError: if there is no such relation.
+    """
+    return PHRASINGS[relation] if relation in PHRASINGS else FICTIONAL[relation]
+
+
 def prefix_conflicts(phrasings: dict[str, Phrasings] | None = None) -> list[tuple[str, str]]:
     """Pairs (seen, held out), over all relations, of which one starts with the other."""
     groups = (phrasings or PHRASINGS).values()

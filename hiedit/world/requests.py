@@ -8,7 +8,7 @@ here is a pure function of its arguments, and needs only the packaged ``facts.js
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Sequence, Set
 from functools import lru_cache
 from itertools import chain, zip_longest
 from pathlib import Path
@@ -80,7 +80,7 @@ def world_requests(
     """
     facts = split_facts(split, split_seed)
     order = random.Random(f"order/{seed}").sample(facts, len(facts))
-    return [_request(fact, facts, {fact}, seed, locality) for fact in order]
+    return [request_of(fact, facts, {fact}, seed, locality) for fact in order]
 
 
 def world_stream(
@@ -109,7 +109,7 @@ def world_stream(
     stream = random.Random(f"order/{seed}").sample(facts, len(facts))[:n]
     edited = set(stream)
     return [
-        _request(fact, facts, edited if exclude_edited else {fact}, seed, locality)
+        request_of(fact, facts, edited if exclude_edited else {fact}, seed, locality)
         for fact in stream
     ]
 
@@ -141,14 +141,24 @@ def preservation_prompts(
     return found[:n]
 
 
-def _request(
-    fact: Fact, facts: tuple[Fact, ...], edited: Set[Fact], seed: int, locality: int
+def request_of(
+    fact: Fact,
+    facts: tuple[Fact, ...],
+    edited: Set[Fact],
+    seed: int | str,
+    locality: int,
+    answers: Sequence[str] | None = None,
+    avoid: Sequence[str] = (),
 ) -> EditRequest:
+    """The counterfactual edit of ``fact``; locality prompts from those of ``facts`` that are not
+    ``edited``. answers: what the target is drawn from (None: all answers of the relation in the
+    world); avoid: answers that it must not be besides the fact's own."""
     rng = random.Random(f"request/{seed}/{fact.relation}/{fact.subject}")
     prompt, *paraphrases = rng.sample(seen_prompts(fact), len(seen_prompts(fact)))
+    pool = _answers(fact.relation) if answers is None else answers
     return EditRequest(
         prompt=prompt,
-        target=rng.choice([a for a in _answers(fact.relation) if a != fact.answer]),
+        target=rng.choice([a for a in pool if a != fact.answer and a not in avoid]),
         paraphrases=tuple(paraphrases),
         locality=_locality(fact, facts, edited, rng, locality),
         heldout=(heldout_prompt(fact),),

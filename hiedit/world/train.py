@@ -81,7 +81,7 @@ def build_world(
     pairs = sentences(facts)
     tokenizer = train_tokenizer(f"{prompt} {answer}" for prompt, answer in pairs)
     data = tokenise(pairs, tokenizer, recipe.prompt_weight)
-    with _threads(threads), _quiet_transformers():
+    with use_threads(threads), quiet_transformers():
         model = _new_model(recipe, tokenizer, seed)
         loss = _train(model, data, recipe, seed, progress)
         seconds = time.perf_counter() - started
@@ -133,7 +133,7 @@ def _train(model, data: Sentences, recipe: Recipe, seed: int, progress: bool) ->
     order = batches(data, recipe.batch, torch.Generator().manual_seed(seed))
     model.train()
     losses = []
-    with _progress_bar(recipe.steps, progress) as advance:
+    with progress_bar(recipe.steps, progress) as advance:
         for step in range(recipe.steps):
             factor = _schedule(step, recipe)
             for optimizer, base in zip(optimizers, rates, strict=True):
@@ -184,7 +184,7 @@ def _versions() -> dict[str, str]:
 
 
 @contextmanager
-def _threads(count: int):
+def use_threads(count: int):
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -194,7 +194,7 @@ def _threads(count: int):
 
 
 @contextmanager
-def _quiet_transformers():
+def quiet_transformers():
     """No progress bars for writing and reading nine megabytes."""
     from transformers.utils import logging
 
@@ -208,7 +208,7 @@ def _quiet_transformers():
 
 
 @contextmanager
-def _progress_bar(steps: int, show: bool):
+def progress_bar(steps: int, show: bool, what: str = "building the world"):
     """Yields ``advance(loss)``: a bar on a terminal, a line now and then elsewhere."""
     if show and sys.stderr.isatty():
         try:
@@ -216,7 +216,7 @@ def _progress_bar(steps: int, show: bool):
         except ImportError:
             pass
         else:
-            with _rich_bar(steps) as advance:
+            with _rich_bar(steps, what) as advance:
                 yield advance
             return
     started, done = time.perf_counter(), 0
@@ -234,12 +234,12 @@ def _progress_bar(steps: int, show: bool):
 
 
 @contextmanager
-def _rich_bar(steps: int):
+def _rich_bar(steps: int, what: str):
     from rich import progress as rp
     from rich.console import Console
 
     columns = (
-        rp.TextColumn("building the world"),
+        rp.TextColumn(what),
         rp.BarColumn(),
         rp.MofNCompleteColumn(),
         rp.TextColumn("{task.fields[rate]}  loss {task.fields[loss]}"),

@@ -1,0 +1,297 @@
+"""A world in which different kinds of knowledge live in different layers, by construction.
+
+    packaged world -> facts of each group, learned by that group's layers alone -> checked by reset
+
+The facts are of invented subjects. Training takes the groups by turns; a group's step moves the
+editable projections (gate and up) of its own layers and nothing else, mixes in facts of the world
+so that those stay, and sees the other groups' layers now as installed, now as they were, so that
+no group comes to lean on another. The truth is then causal and is measured as such: with one
+group's layers as they were, its facts must be gone and all others must be there.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from hiedit.types import EditRequest, Locality
+from hiedit.world.corpus import Sentences, seen_prompts, sentences, tokenise
+from hiedit.world.facts import Fact
+from hiedit.world.fictional import GROUPS, Group, fictional_answers, fictional_facts
+from hiedit.world.lifelong import lifelong_stream
+from hiedit.world.optim import Muon
+from hiedit.world.recall import knows, measure_recall
+from hiedit.world.requests import LOCALITY, request_of, split_facts, world_dir, world_facts
+from hiedit.world.train import progress_bar, quiet_transformers, use_threads
+
+TRAIN_SHARE = 0.5  # of each group's subjects
+RESERVED_SHARE = 0.3  # of the training subjects: knowledge to protect, never edited
+OTHER_LOCALITY = 2  # locality prompts per request about the real world
+
+
+@dataclass(frozen=True)
+class Installation:
+    """How the facts are learned: Muon, constant and then falling; sentences per step of the group,
+    of the world, and of each other installed group; weight of the dominance."""
+
+    lr: float = 0.06
+    batch: int = 64
+    world_batch: int = 24
+    other_batch: int = 24
+    dominance: float = 0.1
+
+
+@dataclass(frozen=True)
+class InstalledWorld:
+    """A heterogeneous world on disk. all_facts: the invented ones, train and test."""
+
+    directory: Path
+    groups: tuple[Group, ...]
+    all_facts: tuple[Fact, ...]
+    seed: int
+
+    @cached_property
+    def truth(self) -> dict[str, tuple[str, ...]]:
+        """By relation, the modules that its facts were installed in."""
+        return {r: tuple(modules_of(g)) for g in self.groups for r in g.relations}
+
+    def group_of(self, relation: str) -> str:
+        return next(g.name for g in self.groups if relation in g.relations)
+
+    @cached_property
+    def reserved(self) -> frozenset[str]:
+        """Training subjects whose facts are protected and never edited."""
+        subjects = sorted({f.subject for f in self._half("train")})
+        rng = random.Random(f"reserved/{self.seed}")
+        return frozenset(rng.sample(subjects, int(len(subjects) * RESERVED_SHARE)))
+
+    @cached_property
+    def preserve(self) -> tuple[tuple[str, str], ...]:
+        """(prompt, answer) of the reserved facts, in seeded order."""
+        pairs = sentences([f for f in self._half("train") if f.subject in self.reserved])
+        random.Random(f"preserve/{self.seed}").shuffle(pairs)
+        return tuple(pairs)
+
+    def facts(self, split: str) -> tuple[Fact, ...]:
+        """Facts that may be edited: ``train`` (without the reserved ones) or ``test``."""
+        half = self._half(split)
+        return tuple(f for f in half if f.subject not in self.reserved)
+
+    def _half(self, split: str) -> tuple[Fact, ...]:
+        chosen: set[str] = set()
+        for group in self.groups:
+            subjects = sorted({f.subject for f in self.all_facts if f.relation in group.relations})
+            rng = random.Random(f"split/{self.seed}/{group.name}")
+            chosen |= set(rng.sample(subjects, int(len(subjects) * TRAIN_SHARE)))
+        return tuple(f for f in self.all_facts if (f.subject in chosen) == (split == "train"))
+
+
+def modules_of(group: Group) -> list[str]:
+    """The editable modules that the group's facts are installed in."""
+    kinds = ("gate_proj", "up_proj")
+    return [f"model.layers.{layer}.mlp.{kind}" for layer in group.layers for kind in kinds]
+
+
+def installed_requests(world: InstalledWorld, facts: Sequence[Fact]) -> tuple[EditRequest, ...]:
+    """A counterfactual training edit for each of ``facts``, in seeded order."""
+    order = random.Random(f"installed/{world.seed}").sample(list(facts), len(facts))
+    pool = tuple(sorted(facts))
+    return tuple(
+        _with_world(
+            request_of(f, pool, {f}, 0, LOCALITY, fictional_answers(f.relation, world.seed)),
+            "train",
+        )
+        for f in order
+    )
+
+
+def installed_stream(
+    world: InstalledWorld, facts: Sequence[Fact], n: int, seed: int
+) -> tuple[EditRequest, ...]:
+    """``n`` edits drawn from all groups; locality also asks about the real world."""
+
+    def answers(relation: str) -> Sequence[str]:
+        return fictional_answers(relation, world.seed)
+
+    stream = lifelong_stream(facts, n, seed, LOCALITY, answers)
+    return tuple(_with_world(request, "test", seed) for request in stream)
+
+
+def _with_world(request: EditRequest, split: str, seed: int = 0) -> EditRequest:
+    from dataclasses import replace
+
+    rng = random.Random(f"near/{seed}/{request.prompt}")
+    near = rng.sample(split_facts(split), OTHER_LOCALITY)
+    more = tuple(Locality(rng.choice(seen_prompts(f)), f.answer) for f in near)
+    return replace(request, locality=(*request.locality, *more))
+
+
+def read_heterogeneous(directory: str | Path) -> InstalledWorld:
+    """What ``build_heterogeneous`` wrote.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    path = Path(directory) / "heterogeneous.json"
+    try:
+        about = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path}: no heterogeneous world there ({error})") from None
+    groups = tuple(
+        Group(g["name"], tuple(g["layers"]), tuple(g["relations"]), g["dominance"])
+        for g in about["groups"]
+    )
+    facts = fictional_facts(groups, about["subjects"], about["seed"])
+    return InstalledWorld(Path(directory), groups, facts, about["seed"])
+
+
+def build_heterogeneous(
+    directory: str | Path,
+    seed: int = 0,
+    subjects: int = 150,
+    steps: int = 600,
+    groups: tuple[Group, ...] = GROUPS,
+    recipe: Installation = Installation(),  # noqa: B008 (frozen, without state)
+    progress: bool = True,
+) -> dict:
+    """Install the facts in the packaged world and write a checkpoint (fp32) to ``directory``.
+
+    ``heterogeneous.json`` is written last: where it is, the world is whole.
+
+    Returns:
+        Its content; ``recall`` is by group, with each group's layers as they were in turn.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    directory = Path(directory)
+    with use_threads(1), quiet_transformers():
+        tokenizer = AutoTokenizer.from_pretrained(world_dir())
+        model = AutoModelForCausalLM.from_pretrained(world_dir(), dtype=torch.float32)
+        facts = fictional_facts(groups, subjects, seed)
+        work = _Installer(model.requires_grad_(False), tokenizer, groups, facts, recipe, seed)
+        work.run(steps, progress)
+        recall = work.recall()
+        work.show(())
+        model.save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+    about = {
+        "format": 1,
+        "seed": seed,
+        "subjects": subjects,
+        "steps": steps,
+        "recipe": asdict(recipe),
+        "groups": [asdict(group) for group in groups],
+        "modules": {group.name: modules_of(group) for group in groups},
+        "loss": work.losses,
+        "recall": recall,
+    }
+    text = json.dumps(about, indent=1) + "\n"
+    (directory / ".heterogeneous.json.tmp").write_text(text, encoding="utf-8")
+    (directory / ".heterogeneous.json.tmp").replace(directory / "heterogeneous.json")
+    return about
+
+
+class _Installer:
+    """The model in training: each group's weights as they were and as installed so far."""
+
+    def __init__(self, model, tokenizer, groups, facts, recipe: Installation, seed: int):
+        self.model, self.tokenizer, self.groups = model, tokenizer, groups
+        self.recipe, self.facts = recipe, facts
+        self.data = {g.name: tokenise(sentences(self.of(g)), tokenizer) for g in groups}
+        self.data["world"] = tokenise(sentences(list(world_facts())), tokenizer)
+        named = dict(model.named_parameters())
+        self.params = {g.name: [named[f"{m}.weight"] for m in modules_of(g)] for g in groups}
+        self.before = {g: [p.detach().clone() for p in ps] for g, ps in self.params.items()}
+        self.now = {g: [p.detach().clone() for p in ps] for g, ps in self.params.items()}
+        self.optimizers = {g: Muon(ps, lr=recipe.lr) for g, ps in self.params.items()}
+        self.generator = torch.Generator().manual_seed(seed)
+        self.losses: dict[str, float] = {}
+
+    def of(self, group: Group) -> list[Fact]:
+        return [f for f in self.facts if f.relation in group.relations]
+
+    def run(self, steps: int, progress: bool) -> None:
+        with progress_bar(steps, progress, "installing facts") as advance:
+            for step in range(steps):
+                group = self.groups[step % len(self.groups)]
+                for options in self.optimizers[group.name].param_groups:
+                    options["lr"] = self.recipe.lr * min(1.0, 2 * (1 - step / steps))
+                self.losses[group.name] = self._step(group)
+                advance(self.losses[group.name])
+
+    def show(self, reset: Sequence[str]) -> None:
+        """The model with the groups ``reset`` as they were and the others as installed."""
+        for name, parameters in self.params.items():
+            source = self.before if name in reset else self.now
+            for parameter, value in zip(parameters, source[name], strict=True):
+                parameter.data.copy_(value)
+
+    def _step(self, group: Group) -> float:
+        others = [g.name for g in self.groups if g is not group]
+        draws = torch.rand(len(others), generator=self.generator).tolist()
+        off = [name for name, draw in zip(others, draws, strict=True) if draw < 0.5]
+        self.show(off)
+        parameters = self.params[group.name]
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        r = self.recipe
+        loss, growth = self._loss(group.name, r.batch, group)
+        (loss + r.dominance * growth).backward()
+        self._loss("world", r.world_batch)[0].backward()
+        for name in others:
+            if name not in off:
+                self._loss(name, r.other_batch)[0].backward()
+        self.optimizers[group.name].step()
+        self.optimizers[group.name].zero_grad(set_to_none=True)
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        self.now[group.name] = [p.detach().clone() for p in parameters]
+        return float(loss.detach())
+
+    def _loss(self, name: str, count: int, group: Group | None = None) -> tuple[Tensor, Tensor]:
+        """Cross-entropy of answers and ends, nats per token; and what is missing of the growth."""
+        data: Sentences = self.data[name]
+        rows = torch.randint(len(data.length), (count,), generator=self.generator)
+        width = int(data.length[rows].max())
+        ids = data.ids[rows, :width]
+        where = data.weight[rows, 1:width] == 1
+        wants = group is not None and group.dominance > 0
+        out = self.model(input_ids=ids, use_cache=False, output_hidden_states=wants)
+        loss = F.cross_entropy(out.logits[:, :-1][where], ids[:, 1:][where])
+        if not wants:
+            return loss, loss.new_zeros(())
+        low, high = min(group.layers), max(group.layers) + 1
+        first = where & (where.cumsum(1) == 1)  # the position that predicts the answer
+        lengths = [out.hidden_states[i][:, :-1][first].norm(dim=-1) for i in (low, high)]
+        return loss, F.relu(group.dominance - lengths[1] / lengths[0].detach()).mean()
+
+    @torch.no_grad()
+    def recall(self) -> dict[str, dict[str, float]]:
+        """By what is reset (``nothing``, a group): recall of each group's and the world's facts."""
+        asked: Mapping[str, Callable] = {g.name: (lambda g=g: self._group(g)) for g in self.groups}
+        table = {}
+        for reset in ("nothing", *asked):
+            self.show((reset,))
+            table[reset] = {name: ask() for name, ask in asked.items()} | {"world": self._world()}
+        heldout = {}
+        self.show(())
+        for group in self.groups:
+            found = measure_recall(self.model, self.tokenizer, self.of(group))
+            heldout[group.name] = found["heldout"]
+        return table | {"heldout phrasing": heldout}
+
+    def _group(self, group: Group) -> float:
+        known = knows(self.model, self.tokenizer, sentences(self.of(group)))
+        return round(float(known.float().mean()), 4)
+
+    def _world(self) -> float:
+        pairs = random.Random(0).sample(sentences(list(world_facts())), 2000)
+        return round(float(knows(self.model, self.tokenizer, pairs).float().mean()), 4)
