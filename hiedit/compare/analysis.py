@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from hiedit.compare.cells import read_cell
 from hiedit.compare.config import ExperimentConfig
-from hiedit.compare.driver import Chosen, average, measure_cells
+from hiedit.compare.grid import Chosen, average, measure_cells
 from hiedit.evaluation.statistics import Paired, compare, confidence_interval, holm, mean, sd
 
 METRICS = ("avg", "ES", "GS", "LS", "retention")
@@ -119,8 +119,6 @@ def comparisons(config: ExperimentConfig, rows) -> list[Comparison]:
                 found += [one] if one else []
     t = holm({i: c.paired.t_p for i, c in enumerate(found)})
     p = holm({i: c.paired.permutation_p for i, c in enumerate(found)})
-    from dataclasses import replace
-
     return [replace(c, t_holm=t[i], permutation_holm=p[i]) for i, c in enumerate(found)]
 
 

@@ -17,7 +17,6 @@ from hiedit.provenance import digest
 from hiedit.runconfig import ModelConfig
 
 FORMAT = 1  # of a cell's result and of what leads to it: a change runs all cells again
-PHASES = ("tune", "measure", "probe")
 
 
 @dataclass(frozen=True)
@@ -43,8 +42,9 @@ class Setup:
 class Cell:
     """One method with one setting, trained with ``seed`` and measured on the stream of ``seed``.
 
-    phase: ``tune`` streams validation edits, ``measure`` and ``probe`` test edits. horizons: the
-    points of the stream at which it is measured, ascending; it ends at the last.
+    phase: ``tune`` streams validation edits, ``measure``, ``probe`` and ``oracle`` test edits.
+    horizons: the points of the stream at which it is measured, ascending; it ends at the last.
+    extra: of a probe, its settings; ``relations`` restricts the stream to these.
     """
 
     setup: Setup

@@ -62,6 +62,25 @@ class ProbesConfig:
 
 
 @dataclass(frozen=True)
+class OracleConfig:
+    """Does it matter for an edit where its fact lives? In the heterogeneous world, ``edits`` test
+    facts of each group alone (0: none) are edited in each group's modules, in those of all groups
+    and in all editable ones, by the training-free ``method`` with each of ``etas``."""
+
+    edits: int = 0
+    method: str = "static"
+    etas: list[float] = field(default_factory=lambda: [0.15])
+    seeds: list[int] = field(default_factory=lambda: [0])
+
+    def __post_init__(self):
+        at_least("experiment.oracle.edits", self.edits, 0)
+        if not self.etas or not self.seeds:
+            raise ValueError("experiment.oracle: etas and seeds need at least one value each")
+        if load_method(self.method).objective.kind != "none":
+            raise ValueError(f"experiment.oracle.method={self.method!r}: it must be training-free")
+
+
+@dataclass(frozen=True)
 class ExperimentConfig:
     """methods: labels, in the order of the tables: names of configs/method, or of ``catalogue``
     (label: {method: NAME, overrides: {KEY: VALUE}}).
@@ -83,6 +102,7 @@ class ExperimentConfig:
     tuning: TuningConfig = field(default_factory=TuningConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     probes: ProbesConfig = field(default_factory=ProbesConfig)
+    oracle: OracleConfig = field(default_factory=OracleConfig)
     retention_share: float = 0.25
     batch: int = 128
 

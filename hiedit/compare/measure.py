@@ -6,6 +6,7 @@ Cell -> load_world -> build_method -> train -> edit the stream -> scores at ever
 from __future__ import annotations
 
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -54,7 +55,8 @@ def measure(cell: Cell, run_dir: str, tell: Tell) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
     world = load_world(cell.setup, run_dir)
     method, train_seconds = trained(cell, world, run_dir, tell)
-    requests = world.stream(cell.phase, cell.horizons[-1], cell.seed)
+    relations = dict(cell.extra).get("relations")
+    requests = world.stream(cell.phase, cell.horizons[-1], cell.seed, relations)
     probe = StandingProbe(world.backbone, requests, cell.setup.batch)
     chosen = _Choices(method)
     points, masks, passes, seconds = [], [], [], 0.0
@@ -132,8 +134,6 @@ def trained(
     try:
         fresh.rename(place)  # whole or not at all
     except OSError:  # another process was as fast; its editor is the same
-        import shutil
-
         shutil.rmtree(fresh)
     method.rollout.reset()
     return method, time.perf_counter() - start

@@ -16,7 +16,9 @@ import torch
 
 from hiedit.compare.cells import Cell, Setup, read_cell, write_cell
 from hiedit.compare.config import ExperimentConfig, apply
+from hiedit.compare.figures import plot_heat
 from hiedit.compare.measure import trained
+from hiedit.compare.tables import table as markdown_table
 from hiedit.compare.worlds import load_world
 from hiedit.data.tokens import encode
 from hiedit.evaluation.probes import PLACES, causal_tracing
@@ -89,12 +91,9 @@ def _probe(cell: Cell, run_dir: str, send) -> dict[str, Any]:
 
 
 def probe_report(
-    config: ExperimentConfig, run_dir: str, chosen: Mapping
+    config: ExperimentConfig, setups: Sequence[Setup], run_dir: str, chosen: Mapping
 ) -> tuple[dict[str, Any] | None, list[Path]]:
     """(correlations and their table as text, heat maps drawn) of the probe cells that are there."""
-    from hiedit.compare.driver import setup_of
-
-    setups = [setup_of(config, world) for world in config.worlds]
     found, drawn, parts = {}, [], []
     for cell in probe_cells(config, setups, chosen):
         result = read_cell(run_dir, cell)
@@ -152,8 +151,6 @@ def _interval(values: Sequence[float]) -> dict[str, Any]:
 
 
 def _text(cell: Cell, table: Mapping[str, Mapping[str, Any]], edits: int) -> str:
-    from hiedit.compare.report import table as markdown
-
     keys = [k for k in dict.fromkeys(k for t in table.values() for k in t) if k != "of_means"]
     lines = []
     for key in keys:
@@ -167,14 +164,12 @@ def _text(cell: Cell, table: Mapping[str, Mapping[str, Any]], edits: int) -> str
     lines.append(["means over edits", "1", *("–" if v is None else f"{v:+.2f}" for v in of_means)])
     title = f"## Probes: {cell.setup.world}, {cell.label}"
     what = f"Spearman's rho of the policy's logits with each probe over the modules, {edits} edits"
-    body = markdown(["relation", "edits", *PROBES], lines)
+    body = markdown_table(["relation", "edits", *PROBES], lines)
     return f"{title}\n\n{what}; mean and 95% bootstrap interval over edits.\n\n{body}"
 
 
 def _draw(cell: Cell, result: Mapping[str, Any], out: Path) -> list[Path]:
     """The heat map, relations by modules, of the policy and of each probe."""
-    from hiedit.compare.figures import plot_heat
-
     panels: dict[str, dict[str, list[float]]] = {}
     for title, key in (("policy (logits)", "logits"), *((p, p) for p in PROBES)):
         groups: dict[str, list[list[float]]] = {}

@@ -21,8 +21,11 @@ from hiedit.compare.analysis import (
 )
 from hiedit.compare.cells import read_cell
 from hiedit.compare.config import ExperimentConfig
-from hiedit.compare.driver import Chosen, choose, measure_cells
+from hiedit.compare.figures import plot_horizons
+from hiedit.compare.grid import Chosen, choose, heterogeneous_setup, measure_cells, setup_of
+from hiedit.compare.oracle import oracle_cells, oracle_report, oracle_table
 from hiedit.compare.probing import probe_report
+from hiedit.compare.tables import table
 from hiedit.compare.worlds import installed_dir
 from hiedit.evaluation.report import MISSING, quantity
 from hiedit.evaluation.results import plain
@@ -44,7 +47,9 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
     found = summaries(config, rows, chosen)
     tests = comparisons(config, rows)
     truths, recall = _truths(config, run_dir, chosen), _recall(config, run_dir)
-    probes, drawn = probe_report(config, run_dir, chosen)
+    oracle = oracle_report(oracle_cells(config, heterogeneous_setup(config)), run_dir)
+    setups = [setup_of(config, world) for world in config.worlds]
+    probes, drawn = probe_report(config, setups, run_dir, chosen)
     text = "\n\n".join(
         part
         for part in (
@@ -53,6 +58,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
             _tests(tests),
             _truth_table(truths),
             _recall_table(recall),
+            oracle_table(oracle),
             probes["text"] if probes else "",
             _missing(missing),
         )
@@ -65,6 +71,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
         "comparisons": [asdict(c) for c in tests],
         "truth": truths,
         "recall": recall,
+        "oracle": oracle,
         "probes": probes,
         "missing": missing,
         "rows": rows,
@@ -190,15 +197,7 @@ def _missing(missing: Sequence[str]) -> str:
     return f"## Not measured yet\n\n{shown}{more}"
 
 
-def table(head: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table, first two columns to the left."""
-    rule = ["---" if i < 2 else "--:" for i in range(len(head))]
-    return "\n".join(f"| {' | '.join(line)} |" for line in (head, rule, *lines))
-
-
 def _plots(config: ExperimentConfig, found: Sequence[Summary], out: Path) -> list[Path]:
-    from hiedit.compare.figures import plot_horizons
-
     paths = []
     for world in config.worlds:
         try:

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import random
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -47,9 +47,13 @@ class World:
     truth: Mapping[str, tuple[str, ...]] | None = None
     installed: InstalledWorld | None = None
 
-    def stream(self, phase: str, n: int, seed: int) -> tuple[EditRequest, ...]:
-        """``n`` edits: of validation facts while tuning, of test facts else."""
+    def stream(
+        self, phase: str, n: int, seed: int, relations: Sequence[str] | None = None
+    ) -> tuple[EditRequest, ...]:
+        """``n`` edits: of validation facts while tuning, of test facts else; of ``relations``."""
         facts = self.validation if phase == "tune" else self.test
+        if relations is not None:
+            facts = tuple(f for f in facts if f.relation in relations)
         if self.installed is not None:
             return installed_stream(self.installed, facts, n, seed)
         return lifelong_stream(facts, n, seed)
