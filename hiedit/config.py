@@ -14,7 +14,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-SELECTORS = ("all", "random", "static", "top_norm", "policy")
+SELECTORS = (
+    "all", "random", "static", "static_frequency", "best_subset", "gain", "top_norm", "shuffled",
+    "policy",
+)  # fmt: skip
+LEARNED_SELECTORS = ("policy", "shuffled")
+ESTIMATORS = ("straight_through", "plackett_luce", "bernoulli", "counterfactual")
+BASELINES = ("self_critical", "leave_one_out")
+FEATURES = ("signals", "fullness", "collision", "gain", "cost")
 UPDATERS = ("none", "closed_form", "hypernetwork")
 SOLVERS = ("outer", "least_squares", "protected")
 OBJECTIVES = ("none", "edit", "trajectory")
@@ -38,6 +45,11 @@ def at_least(key: str, value: float, low: float, strict: bool = False) -> None:
 class SelectorConfig:
     """The high level: which modules an edit touches.
 
+    kind: ``all``; ``random``; ``static``; ``static_frequency`` (the ``k`` modules that the trained
+    policy in the directory ``source`` chose most often); ``best_subset`` (the best fixed ``k``
+    found on training edits); ``gain`` (first-order gain over root energy, the ``k`` largest);
+    ``top_norm``; ``policy``; ``shuffled`` (a policy, trained as one, that edits with the mask it
+    chose for the edit before).
     k: how many (None: half of them). modules: the set of ``static`` (None: found by single-module
     effects on training edits). hidden: width of the policy's encoder. temperature: of the
     straight-through relaxation. init: where the policy's logits start, ``effects`` (single-module
@@ -45,11 +57,20 @@ class SelectorConfig:
     size_in_gate: whether the size penalty may move the gate (the published policy is trained by
     nothing else). effect_edits: how many training edits the effects are measured on.
     every_pass: choose anew at every pass of an edit, instead of once per edit.
+    estimator: of the policy's gradient. ``straight_through`` differentiates the executed top k;
+    ``plackett_luce`` and ``bernoulli`` (which learns how many) draw ``samples`` masks and score
+    them on the true objective; ``counterfactual`` fits the logits to the scores of ``samples``
+    uniform masks (``credit``: ``regress`` or ``rank``). A trained policy edits with its mode.
+    baseline: of the scores, ``self_critical`` or ``leave_one_out``. entropy_floor: in [0, 1],
+    relative to a policy that knows nothing; entropy_weight: of falling below it (nats).
+    sparsity: reward of ``bernoulli`` for every module left out (nats).
+    features: what the policy sees of a module, see policy/gate.py.
     """
 
     kind: str = "all"
     k: int | None = None
     modules: list[str] | None = None
+    source: str | None = None
     hidden: int = 256
     temperature: float = 1.0
     init: str = "zero"
@@ -58,6 +79,14 @@ class SelectorConfig:
     size_in_gate: bool = True
     effect_edits: int = 48
     every_pass: bool = False
+    estimator: str = "straight_through"
+    samples: int = 8
+    baseline: str = "leave_one_out"
+    entropy_floor: float = 0.0
+    entropy_weight: float = 1.0
+    sparsity: float = 0.0
+    credit: str = "regress"
+    features: list[str] = field(default_factory=lambda: ["signals"])
 
     def __post_init__(self):
         choice("method.selector.kind", self.kind, SELECTORS)
@@ -68,6 +97,33 @@ class SelectorConfig:
         at_least("method.selector.hidden", self.hidden, 1)
         for key in ("init_scale", "lr", "effect_edits"):
             at_least(f"method.selector.{key}", getattr(self, key), 0)
+        self._check_estimator()
+        for i, name in enumerate(self.features):
+            choice(f"method.selector.features[{i}]", name, FEATURES)
+        if not self.features:
+            raise ValueError(f"method.selector.features=[]: valid are some of {FEATURES}")
+        if self.kind == "static_frequency" and not self.source:
+            raise ValueError(
+                f"method.selector.source={self.source!r}: kind='static_frequency' needs the "
+                "directory of a trained editor with a policy (RUN_DIR/editors/...)"
+            )
+
+    def _check_estimator(self):
+        choice("method.selector.estimator", self.estimator, ESTIMATORS)
+        choice("method.selector.baseline", self.baseline, BASELINES)
+        choice("method.selector.credit", self.credit, ("regress", "rank"))
+        alone = self.baseline == "self_critical" and self.estimator != "counterfactual"
+        at_least("method.selector.samples", self.samples, 1 if alone else 2)
+        for key in ("entropy_weight", "sparsity"):
+            at_least(f"method.selector.{key}", getattr(self, key), 0)
+        if not 0 <= self.entropy_floor <= 1:
+            raise ValueError(
+                f"method.selector.entropy_floor={self.entropy_floor!r}: it must lie in [0, 1]"
+            )
+
+    @property
+    def learned(self) -> bool:
+        return self.kind in LEARNED_SELECTORS
 
 
 @dataclass(frozen=True)
@@ -129,6 +185,8 @@ class ObjectiveConfig:
     c_loc: weight of the KL (per nat). c_reg: of the plain squared norm. rho: of the energy.
     at_once: sequences of the reward in one forward and backward pass (0: all of them); fewer hold
     fewer activations, for the same gradient up to the order of sums.
+    c_pass: of a pass after which the edit does not hold yet, so that another one is needed (nats);
+    it has no gradient, so it matters to estimators that score masks.
     """
 
     kind: str = "none"
@@ -142,14 +200,21 @@ class ObjectiveConfig:
     c_reg: float = 0.0
     rho: float = 0.0
     at_once: int = 0
+    c_pass: float = 0.0
 
     def __post_init__(self):
         choice("method.objective.kind", self.kind, OBJECTIVES)
         choice("method.objective.reference", self.reference, ("before", "base"))
-        for key in ("back_depth", "paraphrases", "locality", "c_loc", "c_reg", "rho", "at_once"):
+        weights = ("c_loc", "c_reg", "rho", "c_pass")
+        for key in ("back_depth", "paraphrases", "locality", "at_once", *weights):
             at_least(f"method.objective.{key}", getattr(self, key), 0)
         if not 0 < self.gamma <= 1:
             raise ValueError(f"method.objective.gamma={self.gamma!r}: it must lie in (0, 1]")
+        if self.c_pass and not self.prompt:
+            raise ValueError(
+                f"method.objective.c_pass={self.c_pass!r}: whether an edit holds is seen on its "
+                "own prompt; set method.objective.prompt=true"
+            )
 
 
 @dataclass(frozen=True)
@@ -182,7 +247,7 @@ class MethodConfig:
     passes: PassesConfig = field(default_factory=PassesConfig)
 
     def __post_init__(self):
-        learns = self.updater.kind == "hypernetwork" or self.selector.kind == "policy"
+        learns = self.updater.kind == "hypernetwork" or self.selector.learned
         if self.objective.kind != "none" and not learns:
             raise ValueError(
                 f"method.objective.kind={self.objective.kind!r}: {self.name!r} has nothing to "

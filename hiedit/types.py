@@ -117,10 +117,13 @@ class Action:
 
     mask: [E, L] in {0, 1}; carries the straight-through gradient where the estimator has one.
     logits: [E, L] of the policy, or None for a selector without one.
+    draws: int64 [S, E, L], what an estimator wants scored, see policy/estimators.py; the mask is
+        one of them, or the mode.
     """
 
     mask: Tensor
     logits: Tensor | None = None
+    draws: Tensor | None = None
 
 
 @dataclass(frozen=True)

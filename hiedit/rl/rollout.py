@@ -16,6 +16,7 @@ from hiedit.config import PassesConfig
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
+from hiedit.rl.features import gain_over_energy
 from hiedit.types import Action, EditBatch, Shift, Shifts, Signals
 from hiedit.updaters.updater import Updater
 
@@ -62,6 +63,7 @@ class Rollout:
         """The base model, and no earlier edit to protect."""
         self.env.reset()
         self.updater.reset()
+        self.selector.reset()
 
     def step(self, batch: EditBatch, on_pass: PassHook | None = None) -> Outcome:
         """Edit until every request holds or the passes are used up, then commit.
@@ -107,7 +109,7 @@ class Rollout:
             if inert or used >= self.passes.max or not bool(active.any()):
                 break
             signals = probe.signals()
-            choice = self._choose(signals, choice)
+            choice = self._choose(signals, choice, on_pass is not None)
             shifts, mask = self._pass(signals, choice, active, on_pass)
             if not shifts:  # nothing that could be done
                 break
@@ -121,18 +123,22 @@ class Rollout:
         held = bool((confidence > self.passes.target_probability).all())
         return Outcome(union, used, loss, confidence, held, self.env.trial(), signals)
 
-    def _choose(self, signals: Signals, choice: Choice) -> Choice:
+    def _choose(self, signals: Signals, choice: Choice, explore: bool) -> Choice:
         """(signals, action) that decide which modules this pass touches.
 
         An edit is an option: its first pass chooses and the later ones follow. A policy decides
-        anew from the first signals, which gives the same mask and a graph for this pass.
+        anew from the first signals, which gives the same mask and a graph for this pass. explore:
+        whether a policy that samples may.
         """
         if choice is None or self.selector.config.every_pass:
             if self.observe:
                 self.selector.observe(signals)
-            return signals, self.selector(signals)
+            gains = None
+            if self.selector.config.kind == "gain":
+                gains = gain_over_energy(self.updater, signals)
+            return signals, self.selector(signals, explore, gains)
         first, action = choice
-        return first, self.selector(first) if self.selector.learned else action
+        return first, self.selector.again(first, action)
 
     def _pass(self, signals, choice, active: Tensor, on_pass) -> tuple[Shifts, Tensor]:
         if self.observe:
@@ -154,7 +160,10 @@ class Rollout:
 
 def _only(action: Action, active: Tensor) -> Action:
     """Edits that already hold are left alone."""
-    return Action(action.mask * active[:, None].to(action.mask.dtype), action.logits)
+    draws = action.draws
+    if draws is not None:
+        draws = draws.masked_fill(~active[:, None], -1)
+    return Action(action.mask * active[:, None].to(action.mask.dtype), action.logits, draws)
 
 
 def _halvable(shifts: Shifts, smallest: float = 0.1) -> bool:

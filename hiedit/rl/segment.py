@@ -19,6 +19,7 @@ from torch import Tensor
 
 from hiedit.config import TrainConfig
 from hiedit.data.tokens import encode
+from hiedit.rl.candidates import policy_loss
 from hiedit.rl.checkpoint import Snapshot
 from hiedit.rl.objective import Objective, Rows
 from hiedit.rl.reference import Pair
@@ -100,7 +101,21 @@ def train_edit(
         in_gate = selector.config.size_in_gate
         energy = updater.energy(shifts, in_gate)
         reward = objective(env, rewarded, reference, shifts, energy, in_gate)
-        backward(reward.loss)
+        loss = reward.loss
+        if action.draws is not None:
+            target = rollout.passes.target_probability
+            loss = loss + policy_loss(
+                env,
+                selector,
+                updater,
+                objective.config,
+                rewarded,
+                reference,
+                shifts,
+                action,
+                target,
+            )
+        backward(loss)
         rewards.append(reward)
         return shifts
 
