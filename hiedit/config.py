@@ -21,7 +21,6 @@ SELECTORS = (
 LEARNED_SELECTORS = ("policy", "shuffled")
 ESTIMATORS = ("straight_through", "plackett_luce", "bernoulli", "counterfactual")
 BASELINES = ("self_critical", "leave_one_out")
-FEATURES = ("signals", "fullness", "collision", "gain", "cost")
 UPDATERS = ("none", "closed_form", "hypernetwork")
 SOLVERS = ("outer", "least_squares", "protected")
 OBJECTIVES = ("none", "edit", "trajectory")
@@ -64,7 +63,6 @@ class SelectorConfig:
     baseline: of the scores, ``self_critical`` or ``leave_one_out``. entropy_floor: in [0, 1],
     relative to a policy that knows nothing; entropy_weight: of falling below it (nats).
     sparsity: reward of ``bernoulli`` for every module left out (nats).
-    features: what the policy sees of a module, see policy/gate.py.
     """
 
     kind: str = "all"
@@ -86,7 +84,6 @@ class SelectorConfig:
     entropy_weight: float = 1.0
     sparsity: float = 0.0
     credit: str = "regress"
-    features: list[str] = field(default_factory=lambda: ["signals"])
 
     def __post_init__(self):
         choice("method.selector.kind", self.kind, SELECTORS)
@@ -98,14 +95,15 @@ class SelectorConfig:
         for key in ("init_scale", "lr", "effect_edits"):
             at_least(f"method.selector.{key}", getattr(self, key), 0)
         self._check_estimator()
-        for i, name in enumerate(self.features):
-            choice(f"method.selector.features[{i}]", name, FEATURES)
-        if not self.features:
-            raise ValueError(f"method.selector.features=[]: valid are some of {FEATURES}")
         if self.kind == "static_frequency" and not self.source:
             raise ValueError(
                 f"method.selector.source={self.source!r}: kind='static_frequency' needs the "
                 "directory of a trained editor with a policy (RUN_DIR/editors/...)"
+            )
+        if self.kind == "shuffled" and self.every_pass:
+            raise ValueError(
+                f"method.selector.every_pass={self.every_pass!r}: kind='shuffled' takes the mask "
+                "of the edit before, not of the pass before; set it to false"
             )
 
     def _check_estimator(self):

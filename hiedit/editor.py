@@ -121,6 +121,11 @@ class Editor:
             preserve = preservation_pairs()[0] if world else NEUTRAL
         if policy:
             parts = load_editor(backbone, policy, seed)
+            if parts.config.selector.kind == "shuffled":
+                raise ValueError(
+                    f"policy={str(policy)!r}: selector.kind='shuffled' edits with the mask of "
+                    "another edit, a control for experiments alone; give an editor of kind 'policy'"
+                )
         else:
             parts = build_method(backbone, config, (), preserve, seed)
         return cls(parts, ledger, guard, preserve)

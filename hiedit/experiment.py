@@ -25,7 +25,7 @@ from hiedit.data.stream import EditStream, StreamConfig, splits
 from hiedit.evaluation.lifelong import StreamProbe, run_stream, with_training
 from hiedit.evaluation.metrics import SILENCE, generate
 from hiedit.evaluation.results import MethodResult
-from hiedit.methods import Method, build_method
+from hiedit.methods import Method, build_method, record_choices
 from hiedit.rl.checkpoint import Checkpoints
 from hiedit.rl.training import TrainStep
 from hiedit.runconfig import DatasetConfig, ModelConfig
@@ -219,6 +219,7 @@ def run_method(
             chosen = trainer(parts) if trainer else parts.trainer(train, seed)
             tell = functools.partial(hooks.train, total=train.edits)
             history = chosen.run(requests, train, seed, tell, checkpoints)
+            record_choices(parts, requests[: method.selector.effect_edits])
             hooks.trained(parts)
         spent = time.perf_counter() - start
         hooks.stage("edit")

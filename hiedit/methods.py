@@ -11,13 +11,14 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.moments import key_moments
 from hiedit.config import MethodConfig, TrainConfig, choice, from_mapping
 from hiedit.data.tokens import encode
-from hiedit.policy.selectors import Selector
-from hiedit.rl.effects import single_module_effects
+from hiedit.policy.selectors import Selector, top_k_mask
+from hiedit.rl.effects import best_subset, single_module_effects
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
@@ -41,6 +42,12 @@ class Method:
     def trainer(self, config: TrainConfig, seed: int = 0) -> Trainer:
         """A trainer over these parts."""
         rollout = self.rollout
+        if rollout.selector.scores_masks and config.n_edits > 1:
+            raise ValueError(
+                f"train.n_edits={config.n_edits}: estimator="
+                f"{self.config.selector.estimator!r} scores the masks of one edit at a time; set "
+                "train.n_edits=1, or method.selector.estimator=straight_through"
+            )
         objective = Objective(self.config.objective, rollout.env.backbone.tokenizer, seed)
         learner = Learner(rollout.selector, rollout.updater, config.clip, config.steps_per_update)
         return Trainer(rollout, objective, learner)
@@ -59,6 +66,9 @@ def build_method(
     Raises:
         ValueError: if the method needs training edits or prompts to preserve and has none.
     """
+    frequency = None
+    if config.selector.kind == "static_frequency":  # before anything that takes time
+        frequency = recorded_choices(config.selector.source, backbone.names)
     method = _empty(backbone, config, seed)
     env, selector, updater = method.rollout.env, method.rollout.selector, method.rollout.updater
     if config.updater.kind != "none" and config.updater.solver == "protected":
@@ -71,15 +81,61 @@ def build_method(
                 "prompts with answers to preserve: give training records with locality prompts"
             )
         fit_protection(backbone, updater, pairs[: config.updater.preserve])
-    if selector.wants_effects:
+    if frequency is not None:
+        selector.set_static(top_k_mask(frequency[None], selector.k)[0])
+    searches = config.selector.kind == "best_subset"
+    if selector.wants_effects or searches:
         if not train:
             raise ValueError(
                 f"method {config.name!r} starts from single-module effects and needs training "
                 "edits to measure them on"
             )
         sample = list(train)[: config.selector.effect_edits]
-        selector.set_effects(single_module_effects(env, updater, sample))
+        if searches:
+            selector.set_static(best_subset(env, updater, sample, selector.k))
+        else:
+            selector.set_effects(single_module_effects(env, updater, sample))
     return method
+
+
+@torch.no_grad()
+def record_choices(method: Method, requests: Sequence[EditRequest]) -> None:
+    """Note how often a policy chooses each module for ``requests`` on the unedited model, as it
+    would while editing, for ``static_frequency``; it is saved with the editor."""
+    rollout = method.rollout
+    selector, env = rollout.selector, rollout.env
+    if not selector.learned or not requests:
+        return
+    backbone, chosen = env.backbone, torch.zeros_like(selector.frequency)
+    for request in requests:
+        pair = [(request.prompt, request.target)]
+        tokens = encode(backbone.tokenizer, pair, padding_side="left").to(backbone.device)
+        signals = env.probe(tokens, 1, rollout.updater.config.tokens).signals()
+        chosen += selector.mode(selector.gate(signals, 1))[0]
+    selector.frequency.copy_(chosen / len(requests))
+
+
+def recorded_choices(source: str | Path, modules: Sequence[str]) -> Tensor:
+    """[L]: what ``record_choices`` noted in the trained editor at ``source``.
+
+    Raises:
+        ValueError: if there is none, it is of other modules, or has no trained policy.
+    """
+    config = read_editor(source, modules)
+    found = {}
+    if config.selector.learned:
+        try:
+            found = load_file(Path(source) / "editor.safetensors")
+        except SafetensorError as error:
+            what = " ".join(str(error).split())
+            raise ValueError(f"{source}/editor.safetensors is damaged: {what}") from None
+    frequency = found.get("selector.frequency")
+    if frequency is None or not bool(frequency.any()):
+        raise ValueError(
+            f"method.selector.source={str(source)!r}: {config.name!r} has no recorded choices of a "
+            "policy; give the editor of a trained policy (RUN_DIR/editors/...)"
+        )
+    return frequency
 
 
 def _empty(backbone: Backbone, config: MethodConfig, seed: int) -> Method:
@@ -179,6 +235,8 @@ def load_editor(backbone: Backbone, directory: str | Path, seed: int = 0) -> Met
         for part, module in _parts(method).items():
             prefix = f"{part}."
             state = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+            if part == "selector" and method.rollout.selector.learned:  # older ones lack it
+                state.setdefault("frequency", module.frequency)
             module.load_state_dict(state)
     except (SafetensorError, RuntimeError) as error:
         what = " ".join(str(error).split())

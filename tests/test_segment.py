@@ -60,6 +60,10 @@ def through_json(state: Snapshot) -> Snapshot:
 
 METHODS = {
     "policy": HIEDIT,
+    "plackett-luce": dataclasses.replace(
+        HIEDIT,
+        selector=dataclasses.replace(HIEDIT.selector, estimator="plackett_luce", samples=3),
+    ),
     "random": dataclasses.replace(HIEDIT, selector=SelectorConfig("random", k=2)),
     "against-the-base": dataclasses.replace(
         HIEDIT, objective=ObjectiveConfig("trajectory", back_depth=2, rho=0.1, reference="base")

@@ -1,4 +1,4 @@
-"""What each editable module does on its own: the static part of layer selection."""
+"""What editable modules do on their own and together: the static part of layer selection."""
 
 from __future__ import annotations
 
@@ -9,8 +9,10 @@ from torch import Tensor
 
 from hiedit.backbone.losses import answer_kl, answer_nll
 from hiedit.data.tokens import encode
+from hiedit.policy.selectors import top_k_mask
+from hiedit.rl.candidates import copied
 from hiedit.rl.environment import Environment
-from hiedit.types import EditRequest, Shift
+from hiedit.types import EditRequest
 from hiedit.updaters.updater import Updater
 
 
@@ -29,14 +31,18 @@ def effects_by_edit(
     requests: Sequence[EditRequest],
     c_loc: float = 1.0,
     done: Callable[[], None] = lambda: None,
+    masks: Tensor | None = None,
 ) -> Tensor:
-    """[E, L]: the fall in loss when one module alone takes the shift, for each request.
+    """[E, L]: the fall in loss when one module alone takes the shift, for each request; or [E, C]
+    when each of ``masks`` [C, L] does.
 
     The loss is the mean cross-entropy of the edit and its paraphrases plus ``c_loc`` times the KL
     on its unrelated prompts, in nats, on the unedited model. One forward pass per request scores
     all modules: each is a copy of the sequences with its own mask. ``done`` is called after each.
     """
+    every = torch.eye(len(updater.names)) if masks is None else masks
     names, backbone = updater.names, env.backbone
+    every = every.to(backbone.device)
     rows = []
     for request in requests:
         edit = encode(backbone.tokenizer, [(request.prompt, request.target)], padding_side="left")
@@ -44,24 +50,55 @@ def effects_by_edit(
         shifts = updater(signals, torch.ones(1, len(names), device=backbone.device))
         near = [(place.prompt, place.answer) for place in request.locality if place.answer][:2]
         asked = [(p, request.target) for p in (request.prompt, *request.paraphrases[:2])]
-        rows.append(_gain_by_module(env, shifts, names, asked, near, c_loc))
+        rows.append(_gain_by_mask(env, shifts, names, every, asked, near, c_loc))
         done()
-    return torch.stack(rows) if rows else torch.zeros(0, len(names), device=backbone.device)
+    return torch.stack(rows) if rows else torch.zeros(0, len(every), device=backbone.device)
 
 
-def _gain_by_module(env, shifts, names, rows, near, c_loc) -> Tensor:
+def subset_effects(
+    env: Environment,
+    updater: Updater,
+    requests: Sequence[EditRequest],
+    masks: Tensor,
+    c_loc: float = 1.0,
+) -> Tensor:
+    """[C]: the mean over ``requests`` for sets of modules, ``masks`` [C, L]."""
+    by_edit = effects_by_edit(env, updater, requests, c_loc, masks=masks)
+    return by_edit.sum(0) / max(1, len(requests))
+
+
+def best_subset(
+    env: Environment, updater: Updater, requests: Sequence[EditRequest], k: int, rounds: int = 4
+) -> Tensor:
+    """[L] in {0, 1}: the best fixed ``k`` modules on ``requests``, by the mean fall in loss of one
+    pass on the unedited model: the largest single-module effects, then the best swap of a module
+    inside for one outside, at most ``rounds`` times or until none is better."""
+    single = single_module_effects(env, updater, requests).nan_to_num(nan=-torch.inf)
+    mask = top_k_mask(single[None], k)[0]
+    for _ in range(rounds):
+        inside, outside = mask.nonzero().squeeze(-1), (mask == 0).nonzero().squeeze(-1)
+        tried = [mask]
+        for i in inside:
+            for o in outside:
+                swapped = mask.clone()
+                swapped[i], swapped[o] = 0.0, 1.0
+                tried.append(swapped)
+        masks = torch.stack(tried)
+        found = subset_effects(env, updater, requests, masks).nan_to_num(nan=-torch.inf)
+        best = int(found.argmax())
+        if found[best] <= found[0]:
+            break
+        mask = masks[best]
+    return mask
+
+
+def _gain_by_mask(env, shifts, names, masks, rows, near, c_loc) -> Tensor:
     tokenizer, device = env.backbone.tokenizer, env.backbone.device
-    copies = len(names) + 1  # the last copy is the model without any shift
+    masks = torch.cat([masks, masks.new_zeros(1, len(names))])  # at last the model as it is
+    copies = len(masks)
     batch = encode(tokenizer, [*rows, *near] * copies, padding_side="left").to(device)
     width = len(rows) + len(near)
-    stacked = {}
-    for column, name in enumerate(names):
-        if name not in shifts:
-            continue
-        own = torch.zeros(copies * width, 1, device=device)
-        own[column * width : (column + 1) * width] = 1.0
-        shift = shifts[name]
-        stacked[name] = Shift(shift.A, shift.B, own.expand(-1, shift.rank))
+    stacked = copied(shifts, masks, width, names)
     answers = env.answers(batch, stacked)
     nll = answer_nll(answers).view(copies, width)
     loss = nll[:, : len(rows)].mean(-1)
