@@ -190,6 +190,33 @@ def training_requests(
     return complete_locality(backbone, random.Random(seed).sample(data.train, limit), limit)
 
 
+def train_method(
+    backbone: Backbone,
+    data: Data,
+    method: MethodConfig,
+    train: TrainConfig,
+    seed: int = 0,
+    hooks: Hooks = Hooks(),  # noqa: B008 (frozen, without state)
+    trainer: Callable[[Method], Any] | None = None,
+    checkpoints: Checkpoints | None = None,
+) -> tuple[Method, list[TrainStep]]:
+    """Build one method and train it, where there is something to learn; the model comes back
+    unedited. ``trainer`` makes what trains it (by default its own, in this process), which writes
+    and resumes ``checkpoints``."""
+    hooks.stage("prepare")
+    requests = training_requests(backbone, data, method, train, seed)
+    parts = build_method(backbone, method, requests, data.preserve, seed)
+    if not (parts.learned and train.edits):
+        return parts, []
+    hooks.stage("start" if trainer else "train")
+    chosen = trainer(parts) if trainer else parts.trainer(train, seed)
+    tell = functools.partial(hooks.train, total=train.edits)
+    history = chosen.run(requests, train, seed, tell, checkpoints)
+    record_choices(parts, requests[: method.selector.effect_edits])
+    hooks.trained(parts)
+    return parts, history
+
+
 def run_method(
     backbone: Backbone,
     data: Data,
@@ -204,30 +231,23 @@ def run_method(
     trainer: Callable[[Method], Any] | None = None,
     checkpoints: Checkpoints | None = None,
 ) -> tuple[MethodResult, Method, list[TrainStep]]:
-    """Build, train (where there is something to learn) and evaluate one method; the model comes
-    back unedited. ``ready`` is a trained editor, evaluated as it is. ``trainer`` makes what trains
-    the method (by default its own, in this process), which writes and resumes ``checkpoints``."""
+    """Build, train (see ``train_method``) and evaluate one method; the model comes back unedited.
+    ``ready`` is a trained editor, evaluated as it is."""
     start = time.perf_counter()
-    hooks.stage("prepare")
-    requests = () if ready else training_requests(backbone, data, method, train, seed)
-    parts = ready or build_method(backbone, method, requests, data.preserve, seed)
-    method = parts.config
     history: list[TrainStep] = []
+    parts = ready
+    if ready is None:
+        parts, history = train_method(
+            backbone, data, method, train, seed, hooks, trainer, checkpoints
+        )
+    spent = time.perf_counter() - start
     try:
-        if parts.learned and train.edits and not ready:
-            hooks.stage("train")
-            chosen = trainer(parts) if trainer else parts.trainer(train, seed)
-            tell = functools.partial(hooks.train, total=train.edits)
-            history = chosen.run(requests, train, seed, tell, checkpoints)
-            record_choices(parts, requests[: method.selector.effect_edits])
-            hooks.trained(parts)
-        spent = time.perf_counter() - start
         hooks.stage("edit")
         result = run_stream(
             parts.rollout,
             probe,
             evaluate,
-            method=method.name,
+            method=parts.config.name,
             seed=seed,
             n_edits=n_edits,
             on_progress=hooks.edit,
@@ -235,5 +255,5 @@ def run_method(
     finally:
         parts.rollout.reset()
     result = with_training(result, spent, history[-1].edit if history else 0)
-    config = {"method": dataclasses.asdict(method), "train": dataclasses.asdict(train)}
+    config = {"method": dataclasses.asdict(parts.config), "train": dataclasses.asdict(train)}
     return dataclasses.replace(result, config=config), parts, history

@@ -1,6 +1,7 @@
 """A whole run as its users see it: progress, tracking, results.json, plots, table, the editors.
 
 driver:  config -> tasks (a method each) -> jobs -> results.json, plots, MLflow, table
+         with Ray: first model, records -> build, train on all workers -> an editor for its task
 job:     model, records, stream (once per process) -> build, train, edit, measure -> result
 """
 
@@ -9,17 +10,28 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
+from hiedit.backbone.model import Backbone
 from hiedit.config import MethodConfig, from_mapping
-from hiedit.evaluation.lifelong import StreamProbe
+from hiedit.evaluation.lifelong import StreamProbe, with_training
 from hiedit.evaluation.report import report
 from hiedit.evaluation.results import MethodResult, write_results
-from hiedit.experiment import Hooks, check_modules, load_backbone, load_data, run_method
+from hiedit.experiment import (
+    Data,
+    Hooks,
+    check_modules,
+    load_backbone,
+    load_data,
+    run_method,
+    train_method,
+)
 from hiedit.methods import Method, load_editor, read_editor, save_editor
 from hiedit.parallel import cores, run_jobs
 from hiedit.progress import Progress, Update
@@ -29,8 +41,18 @@ from hiedit.runconfig import DatasetConfig, ModelConfig, RunConfig, StreamConfig
 from hiedit.tracking import make_tracker
 
 TRAIN_METRICS = ("loss", "paraphrase", "locality", "size", "layers", "passes")
-# Where a method stands, or one of its training edits with what else is known of the training.
-Send = Callable[[Update | tuple[str, TrainStep, dict[str, float]]], None]
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What the tracker is told of the training of ``method`` after ``edit`` edits."""
+
+    method: str
+    edit: int
+    values: dict[str, float]
+
+
+Send = Callable[[Update | Metrics], None]
 
 
 def run(
@@ -45,17 +67,20 @@ def run(
     stream; print and save. ``editor`` is the directory of a trained editor to evaluate instead.
     ``task`` does one method in place of ``run_task``, in this process.
 
+    On Ray the methods are trained one after the other, each by all workers, and then evaluated,
+    ``jobs`` at a time.
+
     Raises:
         ValueError: on a user's mistake, before any expensive work.
     """
     start = time.perf_counter()
     methods = [None] if editor else list(methods) or [config.method]
     out = Path(config.run_dir)
-    if config.distribution.kind == "ray":
+    rays = [m for m in methods if m and config.distribution.kind == "ray" and _learns(config, m)]
+    if rays:
         from hiedit.distributed import require_ray
 
         require_ray()
-        jobs = 1  # the workers are what runs at a time
     _check(config, out, editor)
     write_config(out, config)
     if task is not None:
@@ -70,17 +95,16 @@ def run(
         tracker.params(dataclasses.asdict(config))
         with Progress() as progress:
 
-            def receive(message: Update | tuple[str, TrainStep, dict]) -> None:
+            def receive(message: Update | Metrics) -> None:
                 if isinstance(message, Update):
                     progress.show(message)
                 else:
-                    name, step, status = message
-                    tracker.metrics(step.edit, _metrics(step) | status, method=name)
+                    tracker.metrics(message.edit, message.values, method=message.method)
 
-            tasks = [(config, method, editor) for method in methods]
+            trained = train_on_ray(config, rays, receive) if rays else {}
+            tasks = [(config, m, _editor(config, m) if m in rays else editor) for m in methods]
             done = run_jobs(task or run_task, tasks, jobs, receive)
-        results = [result for result, _ in done]
-        histories = {r.method: history for r, history in done if history}
+        results, histories = _joined(done, trained)
         paths = _save(out, config, results, histories)
         tracker.results(results, baseline=_baseline(results))
         for path in paths:
@@ -99,59 +123,127 @@ def run_task(
     name = method.name if method else Path(editor).name
     send(Update(name, "load"))
     backbone, data, probe = _prepared(config)
-
-    def on_train(step: TrainStep, total: int) -> None:
-        note = f"loss {step.loss:.2f}, {step.layers:.0f} layers, {step.passes} passes"
-        status = trainer.status() if trainer else {}
-        note += "".join(f", {key} {value:g}" for key, value in status.items())
-        send(Update(name, "train", step.edit, total, note))
-        send((name, step, {f"train/{key}": value for key, value in status.items()}))
-
-    hooks = Hooks(
-        train=on_train,
-        edit=lambda done, total: send(Update(name, "edit", done, total)),
-        stage=lambda stage: send(Update(name, stage)),
-        trained=lambda parts: save_editor(parts, Path(config.run_dir) / "editors" / name),
-    )
     ready = load_editor(backbone, editor, config.seed) if editor else None
-    train, evaluate = config.train, config.evaluate
-    n_edits = config.stream.n_edits
-    trainer, checkpoints = None, None
-
-    def make_trainer(parts: Method):
-        nonlocal trainer
-        from hiedit.distributed.trainer import RayTrainer
-
-        trainer = RayTrainer(parts, config.model, config.distribution)
-        return trainer
-
-    if method and config.distribution.checkpoint_every:
-        checkpoints = checkpoints_of(config, method)
+    checkpoints = checkpoints_of(config, method) if method and not editor else None
     result, _, history = run_method(
         backbone,
         data,
         probe,
         method,
-        train,
-        evaluate,
+        config.train,
+        config.evaluate,
         config.seed,
-        n_edits,
-        hooks,
+        config.stream.n_edits,
+        _hooks(config, name, send),
         ready,
-        make_trainer if config.distribution.kind == "ray" else None,
-        checkpoints,
+        checkpoints=checkpoints,
     )
     send(Update(name, "done", 1, 1))
     return result, history
 
 
-def checkpoints_of(config: RunConfig, method: MethodConfig) -> Checkpoints:
-    """Where the training of ``method`` in this run keeps its state. It can be continued by a run
-    that trains the same on the same: where results go and how often it is saved may differ."""
+def train_on_ray(
+    config: RunConfig, methods: Sequence[MethodConfig], send: Send
+) -> dict[str, tuple[float, list[TrainStep]]]:
+    """Train each of ``methods`` with all workers and save its editor in the run's directory.
+
+    Returns by name (seconds, history).
+    """
+    from hiedit.distributed.session import session
+
+    with session(config.distribution):
+        return {method.name: _train_one(config, method, send) for method in methods}
+
+
+def _train_one(
+    config: RunConfig, method: MethodConfig, send: Send
+) -> tuple[float, list[TrainStep]]:
+    from hiedit.distributed.trainer import RayTrainer
+
+    start, name = time.perf_counter(), method.name
+    send(Update(name, "load"))
+    backbone, data = _loaded(*_keys(config))
+    trainer = None
+
+    def make(parts: Method) -> RayTrainer:
+        nonlocal trainer
+        trainer = RayTrainer(parts, config.model, config.distribution, on_version)
+        return trainer
+
+    def on_version(steps: list[TrainStep]) -> None:
+        send(_of_version(name, steps, trainer.status()))
+
+    hooks = _hooks(config, name, send, lambda: trainer.status())
+    checkpoints = checkpoints_of(config, method)
+    _, history = train_method(
+        backbone, data, method, config.train, config.seed, hooks, make, checkpoints
+    )
+    return time.perf_counter() - start, history
+
+
+def _hooks(
+    config: RunConfig, name: str, send: Send, status: Callable[[], dict] | None = None
+) -> Hooks:
+    """Progress of one method to ``send``; with ``status``, of the workers, too, and then metrics
+    come with the versions, not with every edit."""
+
+    def on_train(step: TrainStep, total: int) -> None:
+        note = f"reward {-step.loss:.2f}, {step.layers:.0f} layers, {step.passes} passes"
+        for key, value in status().items() if status else ():
+            if value or key in ("workers", "version"):
+                note += f", {key} {value:.3g}"
+        send(Update(name, "train", step.edit, total, note))
+        if status is None:
+            send(_of_version(name, [step], {}))
+
+    return Hooks(
+        train=on_train,
+        edit=lambda done, total: send(Update(name, "edit", done, total)),
+        stage=lambda stage: send(Update(name, stage)),
+        trained=lambda parts: save_editor(parts, _editor(config, name)),
+    )
+
+
+def _of_version(name: str, steps: list[TrainStep], status: dict[str, float]) -> Metrics:
+    """The means over ``steps``, those that are numbers, and where the training stands."""
+    values = dict(status)
+    for key in TRAIN_METRICS:
+        found = [v for step in steps if math.isfinite(v := getattr(step, key))]
+        values[key] = sum(found) / len(found) if found else math.nan
+    return Metrics(name, steps[-1].edit, {f"train/{key}": v for key, v in values.items()})
+
+
+def _learns(config: RunConfig, method: MethodConfig) -> bool:
+    return method.objective.kind != "none" and config.train.edits > 0
+
+
+def _editor(config: RunConfig, method: MethodConfig | str) -> str:
+    """Where the trained editor of ``method`` is saved."""
+    name = method if isinstance(method, str) else method.name
+    return str(Path(config.run_dir) / "editors" / name)
+
+
+def _joined(done, trained) -> tuple[list[MethodResult], dict[str, list[TrainStep]]]:
+    """Results with what their training took, and histories by method."""
+    results, histories = [], {r.method: history for r, history in done if history}
+    for result, _ in done:
+        if result.method in trained:
+            seconds, histories[result.method] = trained[result.method]
+            result = with_training(result, seconds, histories[result.method][-1].edit)
+        results.append(result)
+    return results, histories
+
+
+def checkpoints_of(config: RunConfig, method: MethodConfig) -> Checkpoints | None:
+    """Where the training of ``method`` in this run keeps its state, if it does. It can be continued
+    by a run that trains the same on the same: where results go and how often it is saved may
+    differ."""
+    if not config.distribution.checkpoint_every:
+        return None
     same = {key: dataclasses.asdict(getattr(config, key)) for key in ("model", "dataset", "train")}
     same |= {"method": dataclasses.asdict(method), "seed": config.seed}
     d = config.distribution
-    same |= {"workers": d.workers, "mode": d.mode}
+    same |= {"workers": d.workers, "mode": d.mode, "gradient_dtype": d.gradient_dtype}
     place = Path(config.run_dir) / "checkpoints" / method.name
     return Checkpoints(place, d.checkpoint_every, d.keep, same, config.resume)
 
@@ -179,25 +271,30 @@ def read_config(run_dir: str | Path) -> RunConfig:
 
 
 @functools.lru_cache(maxsize=1)  # one model at a time; the configs are given as JSON to be hashable
-def _loaded(model: str, dataset: str, stream: str, seed: int, batch: int):
+def _loaded(model: str, dataset: str, stream: str, seed: int) -> tuple[Backbone, Data]:
     data = load_data(
         from_mapping(DatasetConfig, json.loads(dataset)),
         from_mapping(StreamConfig, json.loads(stream)),
         seed,
     )
-    backbone = load_backbone(from_mapping(ModelConfig, json.loads(model)))
-    return backbone, data, StreamProbe(backbone, data.stream, batch)
+    return load_backbone(from_mapping(ModelConfig, json.loads(model))), data
 
 
-def _prepared(config: RunConfig):
-    """Model, data and probe, kept for the next method of this process."""
+@functools.lru_cache(maxsize=1)
+def _probe(*keys, batch: int) -> StreamProbe:
+    backbone, data = _loaded(*keys)
+    return StreamProbe(backbone, data.stream, batch)
+
+
+def _keys(config: RunConfig) -> tuple:
     parts = (config.model, config.dataset, config.stream)
-    keys = (json.dumps(dataclasses.asdict(part)) for part in parts)
-    return _loaded(*keys, config.seed, config.evaluate.batch)
+    return (*(json.dumps(dataclasses.asdict(part)) for part in parts), config.seed)
 
 
-def _metrics(step: TrainStep) -> dict[str, float]:
-    return {f"train/{key}": getattr(step, key) for key in TRAIN_METRICS}
+def _prepared(config: RunConfig) -> tuple[Backbone, Data, StreamProbe]:
+    """Model, data and probe, kept for the next method of this process."""
+    keys = _keys(config)
+    return *_loaded(*keys), _probe(*keys, batch=config.evaluate.batch)
 
 
 def _baseline(results: list[MethodResult]) -> str | None:

@@ -82,7 +82,8 @@ class DistributionConfig:
     before the run stops. address: of a Ray cluster; null takes the one
     of the job or of $RAY_ADDRESS, else starts Ray on this machine and stops it at the end.
     num_cpus, num_gpus, threads (of torch): of each worker. learner_gpus: of the learner.
-    placement: how Ray spreads the workers over nodes.
+    placement: how Ray spreads the workers over nodes. gradient_dtype: in which gradients travel to
+    the learner, which adds them in float32; bfloat16 is half the bytes, and other bits.
     deepspeed: of ``kind=deepspeed``, one model over several ranks: a JSON of configs/deepspeed, or
     a path. ranks_per_worker: of one model; 0 takes as many as were started.
     checkpoint_every: versions, 0 for none; keep: how many of the newest stay. These two hold for
@@ -102,6 +103,7 @@ class DistributionConfig:
     learner_gpus: float = 0.0
     threads: int = 1
     placement: str = "PACK"
+    gradient_dtype: str = "float32"
     checkpoint_every: int = 100
     keep: int = 2
     deepspeed: str = "zero3"
@@ -111,6 +113,7 @@ class DistributionConfig:
         choice("distribution.kind", self.kind, ("local", "ray", "deepspeed"))
         choice("distribution.mode", self.mode, ("sync", "async"))
         choice("distribution.placement", self.placement, PLACEMENTS)
+        choice("distribution.gradient_dtype", self.gradient_dtype, ("float32", "bfloat16"))
         for key in ("workers", "threads", "keep"):
             at_least(f"distribution.{key}", getattr(self, key), 1)
         for key in ("max_staleness", "retries", "num_gpus", "learner_gpus", "checkpoint_every"):

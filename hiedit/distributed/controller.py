@@ -45,9 +45,11 @@ class Counts:
     """What happened, for the display, the tracker and the tests.
 
     version: of the learner. dropped: losses and gradients that were not finite. stale: gradients
-    too old to be used; staleness: of the last one. faults: segments that had to be redone.
-    bytes_up, bytes_down: of the contributions and of the last version. compute, learn: seconds
-    spent in segments (the slowest of each version) and in the learner.
+    too old to be used; staleness: of the last one. faults: segments that had to be redone. workers:
+    alive. rate: edits per second since the version before.
+    bytes_up, bytes_down, bytes_state: of all contributions, the last version, the last state.
+    Seconds: compute, in segments (of each version the slowest); busy, of the mean worker in them;
+    cpu, of all on their cores; packing, of the mean worker making arrays; learn, in the learner.
     """
 
     version: int = 0
@@ -56,9 +58,14 @@ class Counts:
     staleness: int = 0
     faults: int = 0
     workers: int = 0
+    rate: float = 0.0
     bytes_up: int = 0
     bytes_down: int = 0
+    bytes_state: int = 0
     compute: float = 0.0
+    busy: float = 0.0
+    cpu: float = 0.0
+    packing: float = 0.0
     learn: float = 0.0
 
 
@@ -72,10 +79,12 @@ class Controller:
         learner: Any,
         on_step: Callable[[TrainStep], None] = lambda step: None,
         checkpoints: Checkpoints | None = None,
+        on_version: Callable[[list[TrainStep]], None] = lambda steps: None,
         say: Callable[[str], None] = lambda text: print(text, file=sys.stderr, flush=True),
     ):
         self.config, self.pool, self.learner = config, pool, learner
-        self.on_step, self.checkpoints, self.say = on_step, checkpoints, say
+        self.on_step, self.on_version = on_step, on_version
+        self.checkpoints, self.say = checkpoints, say
         self.counts = Counts()
         self.history: list[TrainStep] = []
         self.states: list[Ref | None] = [None] * config.workers
@@ -98,6 +107,7 @@ class Controller:
             WorkerDied: if a segment failed too often, or the learner died.
         """
         self._start = time.perf_counter() - (self.history[-1].seconds if self.history else 0.0)
+        self._told = time.perf_counter() - self._start
         self._limit = max_seconds
         self.counts.workers = self.pool.alive()
         with self._stop:
@@ -115,8 +125,7 @@ class Controller:
             going = any(report.full for _, report in done)
             self.counts.compute += max(report.seconds for _, report in done)
             self._update([job for job, _ in done])
-            for job, report in done:
-                self._keep(job, report)
+            self._keep(done)
             self._checkpoint_if_due()
 
     def _asynchronous(self) -> None:
@@ -129,7 +138,7 @@ class Controller:
                 self.counts.stale += 1
             else:
                 self._update([job])
-            self._keep(job, report)
+            self._keep([(job, report)])
             self._checkpoint_if_due()
             if report.full and not self._late():
                 jobs.append(self._begin(job.index))
@@ -197,16 +206,33 @@ class Controller:
         self.counts.bytes_down = told.bytes
         self.counts.learn += told.seconds
 
-    def _keep(self, job: Job, report: Report) -> None:
-        """The job is over: its state is where the worker's next segment begins, its edits count."""
-        self.states[job.index] = job.state
-        self.counts.bytes_up += report.bytes
-        before = report.before
-        for step in report.steps:
-            total = (self.history[-1].edit if self.history else 0) + step.edit - before
-            before, seconds = step.edit, time.perf_counter() - self._start
-            self.history.append(dataclasses.replace(step, edit=total, seconds=seconds))
-            self.on_step(self.history[-1])
+    def _keep(self, done: list[tuple[Job, Report]]) -> None:
+        """These segments are over: their edits count, and each worker's next one begins where its
+        last one ended."""
+        told = len(self.history)
+        seconds = time.perf_counter() - self._start
+        edits = sum(len(report.steps) for _, report in done)
+        self.counts.rate = edits / max(seconds - self._told, 1e-9)
+        self._told = seconds
+        for job, report in done:
+            self.states[job.index] = job.state
+            self._count(report)
+            before = report.before
+            for step in report.steps:
+                total = (self.history[-1].edit if self.history else 0) + step.edit - before
+                before = step.edit
+                self.history.append(dataclasses.replace(step, edit=total, seconds=seconds))
+                self.on_step(self.history[-1])
+        if edits:
+            self.on_version(self.history[told:])
+
+    def _count(self, report: Report) -> None:
+        counts, workers = self.counts, self.config.workers
+        counts.bytes_up += report.bytes
+        counts.bytes_state = report.state
+        counts.busy += report.seconds / workers
+        counts.packing += report.packing / workers
+        counts.cpu += report.cpu
 
     def _late(self) -> bool:
         return bool(self._limit) and time.perf_counter() - self._start > self._limit

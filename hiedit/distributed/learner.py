@@ -29,7 +29,7 @@ class Setup:
     """What an actor is made from.
 
     names, groups: the editable modules, and the same by (I, O). train: with the edits of this
-    worker alone. threads: of torch.
+    worker alone. threads: of torch. gradient_dtype: in which gradients travel.
     """
 
     model: ModelConfig
@@ -39,6 +39,7 @@ class Setup:
     groups: Mapping[tuple[int, int], list[str]]
     seed: int
     threads: int = 1
+    gradient_dtype: str = "float32"
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,8 @@ import contextlib
 import logging
 import math
 import os
+import signal
+import threading
 from collections.abc import Iterator
 
 from hiedit.runconfig import DistributionConfig
@@ -31,6 +33,7 @@ def session(config: DistributionConfig) -> Iterator[None]:
         yield
         return
     quiet = {"logging_level": logging.ERROR, "log_to_driver": True}
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     if address:
         try:
             ray.init(address, **quiet)
@@ -46,6 +49,9 @@ def session(config: DistributionConfig) -> Iterator[None]:
             include_dashboard=False,
             **quiet,
         )
+    if threading.current_thread() is threading.main_thread():
+        for number, handler in handlers.items():  # Ray puts its own in their place
+            signal.signal(number, handler)
     try:
         _check(config)
         yield

@@ -28,13 +28,22 @@ def share(config: TrainConfig, workers: int, index: int) -> TrainConfig:
 class RayTrainer:
     """Trains ``method`` with rollout workers and a learner on Ray.
 
-    counts: what happened (see ``Controller``), while it runs and afterwards. worker: the class of
-    the workers, for whoever puts another in its place.
+    counts: what happened (see ``Controller``), while it runs and afterwards. on_version: is given
+    the edits of every version, once it is there. worker: the class of the workers, for whoever puts
+    another in its place.
     """
 
-    def __init__(self, method: Method, model: ModelConfig, config: DistributionConfig, worker=None):
+    def __init__(
+        self,
+        method: Method,
+        model: ModelConfig,
+        config: DistributionConfig,
+        on_version: Callable[[list[TrainStep]], None] = lambda steps: None,
+        worker: type | None = None,
+    ):
         require_ray()
-        self.method, self.model, self.config, self.worker = method, model, config, worker
+        self.method, self.model, self.config = method, model, config
+        self.on_version, self.worker = on_version, worker
         self.controller = None
 
     @property
@@ -46,9 +55,7 @@ class RayTrainer:
         if self.controller is None:
             return {}
         counts = self.controller.counts
-        keys = ("workers", "version", "faults")
-        if self.config.mode == "async":
-            keys += ("staleness", "stale")
+        keys = ("rate", "workers", "version", "staleness", "stale", "faults")
         return {key: getattr(counts, key) for key in keys}
 
     def run(
@@ -97,7 +104,9 @@ class RayTrainer:
         pool = WorkerPool(self.config, setups, parts, ray.put(requests), worker)
         try:
             pool.start()
-            self.controller = Controller(self.config, pool, learner, on_step, checkpoints)
+            self.controller = Controller(
+                self.config, pool, learner, on_step, checkpoints, self.on_version
+            )
             if found is not None:
                 ray.get(learner.load.remote(pack_snapshot(found[0][LEARNER])))
                 self.controller.load(*found)
@@ -124,6 +133,7 @@ class RayTrainer:
                 groups,
                 seed + i * SEED_STEP,
                 self.config.threads,
+                self.config.gradient_dtype,
             )
             for i in range(self.config.workers)
         ]

@@ -61,8 +61,10 @@ def unpack_snapshot(packed: Packed) -> Snapshot:
     return Snapshot(unpack(packed), packed.values)
 
 
-def pack_contribution(contribution: Contribution) -> Packed:
-    tensors = {f"gradient.{n}": g for n, g in contribution.gradients.items()}
+def pack_contribution(contribution: Contribution, dtype: str = "float32") -> Packed:
+    """Gradients travel as ``dtype``: bfloat16 is half the bytes, of which eight bits count."""
+    kind = getattr(torch, dtype)
+    tensors = {f"gradient.{n}": g.to(kind) for n, g in contribution.gradients.items()}
     for i, seen in enumerate(contribution.observed):
         tensors |= {f"mean.{i}": seen.mean, f"spread.{i}": seen.spread}
     observed = [(seen.norm, seen.tokens) for seen in contribution.observed]
@@ -77,5 +79,5 @@ def unpack_contribution(packed: Packed) -> Contribution:
         for i, (norm, tokens) in enumerate(packed.values["observed"])
     ]
     begin = "gradient."
-    gradients = {n[len(begin) :]: t for n, t in tensors.items() if n.startswith(begin)}
+    gradients = {n[len(begin) :]: t.float() for n, t in tensors.items() if n.startswith(begin)}
     return Contribution(gradients, observed, packed.values["dropped"])

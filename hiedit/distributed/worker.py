@@ -31,8 +31,9 @@ class Report:
 
     steps: of its edits, as the worker counts them. before: the worker's edits before it. full: as
     many steps as a version takes; otherwise the worker's streams have ended. finite: its
-    gradients are.
-    bytes: of the gradients and observations. seconds: spent computing.
+    gradients are. bytes: of the gradients and observations. state: bytes of the state, which stays
+    on the worker's node unless it is asked for. seconds: spent computing, of which ``cpu`` on a
+    core. packing: seconds spent making arrays of gradients and state.
     """
 
     steps: tuple[TrainStep, ...]
@@ -40,7 +41,10 @@ class Report:
     full: bool
     finite: bool
     bytes: int
+    state: int
     seconds: float
+    cpu: float
+    packing: float
 
 
 class RolloutWorker:
@@ -64,7 +68,7 @@ class RolloutWorker:
     ) -> tuple[Report, Packed, Packed]:
         """(report, contribution, state at its end) of the next segment under ``version``; with
         ``state``, of the segment that begins there."""
-        began = time.perf_counter()
+        began, cpu = time.perf_counter(), time.process_time()
         if state is not None:
             self.trajectory.load_state(unpack_snapshot(state))
         load_learned_state(self.gradients.modules, unpack(version, copy=False))
@@ -74,7 +78,14 @@ class RolloutWorker:
         gradients, dropped = self.gradients.take()
         full = len(steps) == every
         finite = all(bool(g.isfinite().all()) for g in gradients.values())
-        packed = pack_contribution(Contribution(gradients if full else {}, observed, dropped))
-        spent = time.perf_counter() - began
-        report = Report(tuple(steps), before, full, finite, packed.bytes, spent)
-        return report, packed, pack_snapshot(self.trajectory.state())
+        spent, cpu = time.perf_counter() - began, time.process_time() - cpu
+        given = Contribution(gradients if full else {}, observed, dropped)
+        packed = pack_contribution(given, self.setup.gradient_dtype)
+        end = self.state()
+        packing = time.perf_counter() - began - spent
+        sizes = packed.bytes, end.bytes
+        return Report(tuple(steps), before, full, finite, *sizes, spent, cpu, packing), packed, end
+
+    def state(self) -> Packed:
+        """Where the trajectory stands."""
+        return pack_snapshot(self.trajectory.state())
