@@ -33,7 +33,8 @@ def run_jobs(
     A task's exception is raised here, and the tasks not yet begun are given up.
 
     Raises:
-        WorkerDied: if a process was killed; the other processes are ended with it.
+        WorkerDied: if a process was killed; the others are ended with it, as they are after a
+            KeyboardInterrupt.
     """
     if workers <= 1:
         return [work(*task, on_message) for task in tasks]
@@ -42,6 +43,7 @@ def run_jobs(
         messages = manager.Queue()
         threads = max(1, cores() // workers)
         pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
+        others = set(multiprocessing.active_children())
         futures = [pool.submit(_call, work, task, messages) for task in tasks]
         try:
             while not all(f.done() for f in futures):
@@ -51,6 +53,10 @@ def run_jobs(
                         raise future.exception()
             _forward(messages, on_message, wait=0.0)
             return [f.result() for f in futures]
+        except (KeyboardInterrupt, SystemExit):  # what they are at may take minutes
+            for process in set(multiprocessing.active_children()) - others:
+                process.terminate()
+            raise
         except BrokenProcessPool:
             raise WorkerDied(
                 f"one of {workers} processes was killed, perhaps because memory ran out: "

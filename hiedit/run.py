@@ -35,7 +35,7 @@ from hiedit.experiment import (
 from hiedit.methods import Method, load_editor, read_editor, save_editor
 from hiedit.parallel import cores, run_jobs
 from hiedit.progress import Progress, Update
-from hiedit.rl.checkpoint import Checkpoints
+from hiedit.rl.checkpoint import Checkpoints, interruptible
 from hiedit.rl.training import TrainStep
 from hiedit.runconfig import DatasetConfig, ModelConfig, RunConfig, StreamConfig
 from hiedit.tracking import make_tracker
@@ -72,6 +72,7 @@ def run(
 
     Raises:
         ValueError: on a user's mistake, before any expensive work.
+        Interrupted: after SIGINT or SIGTERM; no process stays.
     """
     start = time.perf_counter()
     methods = [None] if editor else list(methods) or [config.method]
@@ -91,7 +92,7 @@ def run(
     place = dict(run_name=out.name, directory=out.parent, seed=config.seed)
     tracking = config.tracking
     tracker = make_tracker(tracking.mode, tracking.uri, tracking.experiment, **place)
-    with tracker:
+    with interruptible(), tracker:
         tracker.params(dataclasses.asdict(config))
         with Progress() as progress:
 

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from hiedit.cli.shared import app, friendly
+from hiedit.cli.shared import app, friendly, note
 
 world_app = typer.Typer(help="The embedded world: a small Llama that knows real facts.")
 app.add_typer(world_app, name="world", no_args_is_help=True)
@@ -26,6 +26,10 @@ def demo(
     train: Annotated[int, typer.Option(help="training edits of each learned method")] = 100,
     seed: Annotated[int, typer.Option(help="of training, stream and masks")] = 0,
     run_dir: Annotated[Path, typer.Option(help="where results and plots go")] = Path("runs/demo"),
+    workers: Annotated[
+        int | None,
+        typer.Option(help="training processes on Ray (0: without Ray; default: 2 on the CPU)"),
+    ] = None,
     jobs: Annotated[int, typer.Option(help="methods at a time (0: one per core, at most 4)")] = 0,
     tracking: Annotated[str, typer.Option(help="auto, mlflow or off")] = "auto",
 ) -> None:
@@ -49,9 +53,34 @@ def demo(
             f"train.edits={train}",
             f"run_dir={run_dir}",
             f"tracking.mode={tracking}",
+            *_on_ray(workers),
         ]
     )
     run(config, chosen, jobs=jobs)
+
+
+def _on_ray(workers: int | None) -> list[str]:
+    """What the demo's configuration says of ``workers``; where none were asked for, two on the CPU
+    if Ray is there, and none otherwise."""
+    import torch
+
+    from hiedit.distributed import require_ray
+
+    if workers == 0:
+        return []
+    gpu = torch.cuda.is_available()
+    try:
+        require_ray()
+    except ImportError:
+        if workers:
+            raise
+        note("Ray is not installed (pip install 'hiedit[ray]'): each method trains in one process")
+        return []
+    if workers is None and gpu:
+        note("a GPU is here: each method trains on it in one process (--workers 2: on Ray)")
+        return []
+    shared = f"distribution.num_gpus={1 / (workers or 2)}" if gpu else "distribution.num_gpus=0"
+    return ["distribution=ray", f"distribution.workers={workers or 2}", shared]
 
 
 @app.command()

@@ -47,9 +47,10 @@ def friendly(command: Callable) -> Callable:
         except (ValueError, ImportError, OSError, LedgerError, WorkerDied) as error:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(2) from None
-        except KeyboardInterrupt:
-            typer.secho("stopped", err=True)
-            raise typer.Exit(130) from None
+        except KeyboardInterrupt as error:
+            number = getattr(error, "number", 2)  # of the signal, where rl.checkpoint noted it
+            typer.secho(str(error) or "stopped", err=True)
+            raise typer.Exit(128 + number) from None
 
     return wrapper
 

@@ -8,11 +8,12 @@ A checkpoint is written beside its final name and renamed, so there is a whole o
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import signal
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,29 @@ class StopSignals:
         if self.number is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
         self.number = number
+
+
+@contextlib.contextmanager
+def interruptible() -> Iterator[None]:
+    """Inside, SIGINT and SIGTERM raise ``Interrupted``, so that everything is ended in order; a
+    second SIGTERM changes nothing, a second SIGINT raises again. ``StopSignals`` comes first.
+
+    Outside the main thread nothing is changed.
+    """
+
+    def end(number: int, frame: Any) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise stopped(number, None)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = {number: signal.signal(number, end) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def stopped(number: int, path: Path | None) -> Interrupted:
