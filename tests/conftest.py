@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import secrets
+import shutil
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 # Read by huggingface_hub when it is imported, so before anything that imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+# The same for Ray: a token and a directory of the suite's own, short enough for Ray's sockets, so
+# that no other cluster of this machine is met.
+RAYS = Path(tempfile.mkdtemp(prefix="hiedit-"))
+atexit.register(shutil.rmtree, RAYS, ignore_errors=True)
+(RAYS / "token").write_text(secrets.token_hex(32))
+os.environ |= {
+    "HIEDIT_HEAD": str(RAYS / "head"),
+    "RAY_AUTH_MODE": "token",
+    "RAY_AUTH_TOKEN_PATH": str(RAYS / "token"),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
+os.environ.pop("RAY_ADDRESS", None)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -50,3 +70,31 @@ def data_dir() -> Path:
     if not path.is_dir():
         pytest.skip(f"no edit records in {path}: set HIEDIT_DATA to their directory")
     return path
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """One Ray cluster for the whole suite, started as a user starts one; its address."""
+    ray = pytest.importorskip("ray", reason="distributed training needs ray")
+    from rays import free_ports
+
+    gcs, dashboard, agent, client = free_ports(4)
+    place = {"RAY": str(Path(sys.executable).with_name("ray")), "PYTHONPATH": str(ROOT)}
+    script = [str(ROOT / "launch" / "submit.sh")]
+    options = [
+        f"--port={gcs}",
+        f"--dashboard-port={dashboard}",
+        f"--dashboard-agent-listen-port={agent}",
+        f"--ray-client-server-port={client}",
+        "--metrics-export-port=0",
+        f"--temp-dir={RAYS / 'ray'}",
+        f"--object-store-memory={200 << 20}",
+    ]
+    environment = os.environ | place
+    subprocess.run([*script, "start", "5", *options], env=environment, check=True)
+    try:
+        ray.init(f"127.0.0.1:{gcs}", logging_level="ERROR")
+        yield f"127.0.0.1:{gcs}"
+    finally:
+        ray.shutdown()
+        subprocess.run([*script, "stop"], env=environment, check=True)

@@ -6,7 +6,6 @@ The workers are the real ones, but for an order to fail that a test may leave in
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import os
 import signal
@@ -14,50 +13,39 @@ import subprocess
 import sys
 import textwrap
 import threading
-import time
-from pathlib import Path
 
 import pytest
-from worlds import MODULES, quick, quick_run, same
+from rays import (
+    MODEL,
+    SEED,
+    TRAIN,
+    TWO,
+    alive,
+    in_one_process,
+    learned,
+    ordered_worker,
+    timeless,
+    trajectory,
+    wait_until,
+)
+from worlds import quick, quick_run, same
 
-from hiedit.config import TrainConfig
 from hiedit.experiment import load_backbone
 from hiedit.methods import build_method
 from hiedit.parallel import WorkerDied
-from hiedit.rl.checkpoint import Checkpoints, Interrupted, Snapshot
-from hiedit.rl.learner import Contribution, Gradients
-from hiedit.rl.objective import Objective
-from hiedit.rl.observed import learned_state, load_learned_state, recorded
-from hiedit.rl.segment import Trajectory
-from hiedit.runconfig import DistributionConfig, ModelConfig
+from hiedit.rl.checkpoint import Checkpoints, Interrupted
+from hiedit.runconfig import DistributionConfig
 from hiedit.world import world_requests
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-# As in a run without a cluster; read when Ray is imported.
-os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0"}
 ray = pytest.importorskip("ray", reason="distributed training needs ray")
 
 from hiedit.distributed.controller import Controller  # noqa: E402
 from hiedit.distributed.learner import LearnerActor  # noqa: E402
 from hiedit.distributed.pool import WorkerPool  # noqa: E402
-from hiedit.distributed.trainer import SEED_STEP, RayTrainer, share  # noqa: E402
+from hiedit.distributed.trainer import RayTrainer  # noqa: E402
 from hiedit.distributed.transport import pack_snapshot, unpack  # noqa: E402
-from hiedit.distributed.worker import RolloutWorker  # noqa: E402
-
-MODEL = ModelConfig(modules=MODULES, dtype="float32", device="cpu")
-TRAIN = TrainConfig(edits=11, stream_lengths=[2, 4], steps_per_update=2)  # 6 and 5 of 2 workers
-TWO = DistributionConfig("ray", workers=2, timeout=60.0)
-SEED = 5
-
-
-@pytest.fixture(scope="session")
-def cluster():
-    """One cluster for all tests; its address."""
-    quiet = {"include_dashboard": False, "logging_level": "ERROR"}
-    context = ray.init("local", num_cpus=5, object_store_memory=200 << 20, **quiet)
-    yield context.address_info["gcs_address"]
-    ray.shutdown()
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +58,6 @@ def requests():
     return tuple(world_requests("train")[:30])
 
 
-def timeless(history):
-    return [dataclasses.replace(step, seconds=0.0) for step in history]
-
-
-def learned(method):
-    rollout = method.rollout
-    return learned_state({"selector": rollout.selector, "updater": rollout.updater})
-
-
 # One worker, through the interface that a run uses
 
 
@@ -87,7 +66,8 @@ def test_one_worker_has_the_bits_of_training_in_one_process(cluster, base, reque
     history = local.trainer(TRAIN, SEED).run(requests, TRAIN, SEED)
     remote = build_method(base, quick("hiedit"), requests, seed=SEED)
     assert not same(learned(remote), learned(local))
-    trainer = RayTrainer(remote, MODEL, DistributionConfig("ray"))
+    versions = []
+    trainer = RayTrainer(remote, MODEL, DistributionConfig("ray"), versions.append)
     told, pids = [], []
 
     def on_step(step):
@@ -100,6 +80,10 @@ def test_one_worker_has_the_bits_of_training_in_one_process(cluster, base, reque
     assert same(learned(remote), learned(local))
     counts = trainer.counts
     assert (counts.version, counts.faults, counts.dropped) == (5, 0, 0)
+    assert [step for steps in versions for step in steps] == told
+    assert [len(steps) for steps in versions] == [2, 2, 2, 2, 2, 1]
+    status = trainer.status()
+    assert status["rate"] > 0 and (status["workers"], status["version"]) == (1, 5)
     wait_until(lambda: not any(alive(pid) for pid in pids), "the worker outlived its run")
 
 
@@ -111,7 +95,7 @@ def setting(base, requests):
     """A method as it begins, what two workers make of it, and where everybody begins."""
     method = build_method(base, quick("hiedit"), requests, seed=SEED)
     rays = RayTrainer(method, MODEL, TWO)
-    setups, parts = rays._setups(TRAIN, SEED), rays._parts()
+    setups, parts = rays.setups(TRAIN, SEED), rays.parts()
     learner = method.trainer(TRAIN, SEED).learner
     begin = learner.state()
     rollout = build_method(base, quick("hiedit"), requests, seed=SEED).rollout
@@ -123,76 +107,7 @@ def setting(base, requests):
     return dict(setups=setups, parts=parts, learner=begin, states=states, expected=expected)
 
 
-def trajectory(rollout, requests, index):
-    """Worker ``index`` as it begins."""
-    seed = SEED + index * SEED_STEP
-    objective = Objective(quick("hiedit").objective, rollout.env.backbone.tokenizer, seed)
-    return Trajectory(rollout, objective, requests, share(TRAIN, 2, index), seed)
-
-
-def in_one_process(learner, trajectories):
-    """The final version and the losses, round by round: workers one after the other, on one
-    model, whose edits are put back from each one's state."""
-    rollout = trajectories[0].rollout
-    gradients = Gradients(rollout.selector, rollout.updater)
-    states, losses = [one.state() for one in trajectories], []
-    for _ in range(3):
-        version, contributions = learner.published(), []
-        for i, one in enumerate(trajectories):
-            one.load_state(states[i])
-            load_learned_state(gradients.modules, version)
-            with recorded(gradients.modules) as observed:
-                steps = one.run(TRAIN.steps_per_update, gradients.backward)
-            taken, dropped = gradients.take()
-            full = len(steps) == TRAIN.steps_per_update
-            contributions.append(Contribution(taken if full else {}, observed, dropped))
-            states[i] = one.state()
-            losses += [step.loss for step in steps]
-        learner.update(contributions)
-    rollout.reset()
-    return learner.published(), losses
-
-
 # Two workers, for real
-
-
-def ordered_worker(directory: Path):
-    """Rollout workers that do what they find in ``directory``: a file ``INDEX-SEGMENT`` says how
-    to fail there, half-way through the segment, once (``always-...``: whenever one begins)."""
-
-    class OrderedWorker(RolloutWorker):
-        def segment(self, version, state=None):
-            if state is not None:  # else it goes on where it is
-                self.trajectory.load_state(Snapshot(unpack(state), state.values))
-            index, number = self.setup.seed // 1_000_003, self.trajectory.position // 2
-            path = directory / f"{index}-{number}"
-            order = path.read_text() if path.exists() else ""
-            if order and not order.startswith("always-"):
-                path.unlink()
-            run, gradients = self.trajectory.run, self.gradients
-
-            def spoiled(steps, backward):
-                done = run(1, backward)
-                if order == "die":
-                    os.kill(os.getpid(), signal.SIGKILL)
-                if order in ("wait", "hang"):
-                    (directory / f"waiting-{index}").touch()
-                    time.sleep(1000)
-                if order.startswith("slow"):
-                    time.sleep(1.5)
-                done += run(steps - 1, backward)
-                if order.endswith("nan"):
-                    next(iter(gradients.named().values())).grad.fill_(float("nan"))
-                return done
-
-            if order:
-                self.trajectory.run = spoiled
-            try:
-                return super().segment(version)
-            finally:
-                self.trajectory.run = run
-
-    return OrderedWorker
 
 
 @pytest.fixture(scope="module")
@@ -317,20 +232,23 @@ def test_gradients_beyond_the_bound_of_staleness_are_dropped(crew, setting, boun
 
 
 DRIVER = """
-    import sys, torch
+    import dataclasses, sys, ray, torch
     torch.set_num_threads(1)
     sys.path[:0] = {path!r}
-    import test_distributed as t
+    from rays import MODEL, SEED, TRAIN, TWO
+    from worlds import quick
+    from hiedit.distributed.trainer import RayTrainer
+    from hiedit.experiment import load_backbone
+    from hiedit.methods import build_method
     from hiedit.rl.checkpoint import Checkpoints
-    base = t.load_backbone(t.MODEL)
-    requests = tuple(t.world_requests("train")[:30])
-    method = t.build_method(base, t.quick("hiedit"), requests, seed=t.SEED)
-    trainer = t.RayTrainer(method, t.MODEL, t.dataclasses.replace(t.TWO, address={address!r}))
+    from hiedit.world import world_requests
+    requests = tuple(world_requests("train")[:30])
+    method = build_method(load_backbone(MODEL), quick("hiedit"), requests, seed=SEED)
+    trainer = RayTrainer(method, MODEL, dataclasses.replace(TWO, address={address!r}))
     def on_step(step):
-        pool = trainer.controller.pool
-        pids = t.ray.get([h.ready.remote() for h in pool.handles])
+        pids = ray.get([h.ready.remote() for h in trainer.controller.pool.handles])
         print("step", step.edit, *pids, flush=True)
-    trainer.run(requests, t.TRAIN, t.SEED, on_step, Checkpoints({place!r}, every=1))
+    trainer.run(requests, TRAIN, SEED, on_step, Checkpoints({place!r}, every=1))
 """
 
 
@@ -373,16 +291,3 @@ def test_without_ray_there_is_a_remedy_and_no_model(monkeypatch, tmp_path):
     monkeypatch.setattr(running, "load_backbone", None)
     with pytest.raises(ImportError, match=r"pip install 'hiedit\[ray\]'"):
         running.run(quick_run(tmp_path, distribution=TWO), [quick("hiedit")])
-
-
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def wait_until(true, message, seconds=15.0):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, message
-        time.sleep(0.05)

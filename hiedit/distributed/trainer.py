@@ -92,10 +92,10 @@ class RayTrainer:
         from hiedit.distributed.worker import RolloutWorker
 
         found = checkpoints.load() if checkpoints is not None else None
-        setups = self._setups(config, seed)
+        setups = self.setups(config, seed)
         if found is not None:
             load_learned_state(self._modules(), without_moments(found[0][LEARNER]))
-        parts = ray.put(self._parts())
+        parts = ray.put(self.parts())
         make = ray.remote(num_cpus=0, num_gpus=self.config.learner_gpus)(LearnerActor)
         whole = dataclasses.replace(setups[0], train=config)
         device = "cuda" if self.config.learner_gpus else "cpu"
@@ -115,7 +115,8 @@ class RayTrainer:
             pool.stop()
             ray.kill(learner, no_restart=True)
 
-    def _setups(self, config: TrainConfig, seed: int):
+    def setups(self, config: TrainConfig, seed: int):
+        """What each worker is made from; the first one has the run's own seed."""
         from hiedit.distributed.learner import Setup
 
         backbone = self.method.rollout.env.backbone
@@ -142,7 +143,7 @@ class RayTrainer:
         rollout = self.method.rollout
         return {"selector": rollout.selector, "updater": rollout.updater}
 
-    def _parts(self):
+    def parts(self):
         """The state dicts of selector and updater, as ``build_method`` left them."""
         from hiedit.distributed.transport import pack
 
