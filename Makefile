@@ -16,7 +16,7 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hiedit-installed
-EXTRAS ?= cli,mlflow,peft,triton,world,test
+EXTRAS ?= cli,mlflow,peft,ray,triton,world,test
 PYTHON ?= python3.12 python3.11 python3
 TORCH_FLAGS ?=
 
@@ -40,6 +40,7 @@ bench: $(STAMP) ## seconds per training edit, edit, commit and forward pass besi
 	$(BIN)/python benchmarks/edit_step.py --edits 10
 	$(BIN)/python benchmarks/forward_shift.py --repeats 5
 	$(BIN)/python benchmarks/ledger_commit.py
+	$(BIN)/python benchmarks/scaling.py --edits 10 --rounds 3
 
 clean: ## removes .venv and everything built; runs/ stays
 	@rm -rf $(VENV) build dist *.egg-info hiedit/_C*.so .pytest_cache .ruff_cache .hypothesis

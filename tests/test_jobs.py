@@ -1,4 +1,4 @@
-"""`ray job submit` as a user does it, on the suite's cluster: one that succeeds, one that does not."""
+"""`ray job submit` as a user does it, on the cluster of the suite: a job succeeds, another fails."""
 
 from __future__ import annotations
 
