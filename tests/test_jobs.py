@@ -1,4 +1,4 @@
-"""`ray job submit` as a user does it, on the cluster of the suite: a job succeeds, another fails."""
+"""`ray job submit` as a user does it, on the suite's cluster: one job succeeds, one fails."""
 
 from __future__ import annotations
 

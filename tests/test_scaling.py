@@ -1,4 +1,4 @@
-"""The scaling benchmark runs on real Ray and refuses wrong bits; its model is the formula it says."""
+"""The scaling benchmark runs on real Ray and refuses wrong bits; its model is what it says."""
 
 from __future__ import annotations
 

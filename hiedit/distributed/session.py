@@ -51,7 +51,8 @@ def session(config: DistributionConfig) -> Iterator[None]:
         )
     if threading.current_thread() is threading.main_thread():
         for number, handler in handlers.items():  # Ray puts its own in their place
-            signal.signal(number, handler)
+            if handler not in (signal.SIG_DFL, None):
+                signal.signal(number, handler)
     try:
         _check(config)
         yield
