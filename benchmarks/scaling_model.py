@@ -49,12 +49,14 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Option:
-    """steps: edits per update. halved: gradients as bfloat16. asynchronous: no waiting."""
+    """steps: edits per update. halved: gradients as bfloat16. asynchronous: no waiting. gpu: the
+    learner's."""
 
     name: str
     steps: int = 1
     halved: bool = False
     asynchronous: bool = False
+    gpu: bool = False
 
 
 OPTIONS = (
@@ -63,8 +65,12 @@ OPTIONS = (
     Option("10, bfloat16", 10, halved=True),
     Option("100 edits per update", 100),
     Option("10, asynchronous", 10, asynchronous=True),
-    Option("10, both", 10, halved=True, asynchronous=True),
+    Option("10, learner on a GPU", 10, gpu=True),
+    Option("10, GPU and bfloat16", 10, halved=True, gpu=True),
+    Option("10, GPU and async", 10, asynchronous=True, gpu=True),
+    Option("10, all three", 10, halved=True, asynchronous=True, gpu=True),
 )
+GPU_ADD, GPU_STEP = 20e9, 200e9
 
 
 def slowest(workers: int) -> float:
@@ -74,7 +80,7 @@ def slowest(workers: int) -> float:
 
 def edits_per_second(workers: int, option: Option, given: Inputs) -> float:
     """What the formula above says."""
-    i, s = _halved(given, option), option.steps
+    i, s = _with(option, given), option.steps
     segment, pack = s * i.edit, (i.gradients + i.state) / i.copy
     up, add = i.gradients / i.network, i.gradients / i.add
     if option.asynchronous:
@@ -89,7 +95,7 @@ def edits_per_second(workers: int, option: Option, given: Inputs) -> float:
 
 def ceiling(option: Option, given: Inputs) -> float:
     """What no number of workers exceeds."""
-    i, s = _halved(given, option), option.steps
+    i, s = _with(option, given), option.steps
     up, add = i.gradients / i.network, i.gradients / i.add
     if option.asynchronous:
         return s / max(up, i.version / i.network, add + i.version / i.step)
@@ -104,7 +110,9 @@ def half_way(option: Option, given: Inputs) -> int:
     return low
 
 
-def _halved(given: Inputs, option: Option) -> Inputs:
+def _with(option: Option, given: Inputs) -> Inputs:
+    if option.gpu:
+        given = replace(given, add=GPU_ADD, step=GPU_STEP)
     return replace(given, gradients=given.gradients / 2) if option.halved else given
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from rays import alive, wait_until
 from worlds import MODULES
 
 pytest.importorskip("ray", reason="jobs need ray")
@@ -75,3 +78,40 @@ def test_a_second_head_is_refused_and_the_first_one_stays(cluster, root):
     )
     assert again.returncode == 2 and "a head runs already" in again.stderr
     assert ray.cluster_resources()["CPU"] == 5
+
+
+def marked(mark: str) -> list[int]:
+    """Processes whose environment has ``mark``."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if mark.encode() in (place / "environ").read_bytes() and alive(int(place.name)):
+                found.append(int(place.name))
+    return found
+
+
+def test_sigterm_checkpoints_and_leaves_no_process_of_its_own_ray(root, tmp_path):
+    """A run that started Ray by itself, ended while its workers train."""
+    mark = f"HIEDIT_TEST_MARK={tmp_path}"
+    training = [value for value in QUICK if not value.startswith("train.edits")]
+    run = subprocess.Popen(
+        [sys.executable, "launch/train.py", "method=hiedit", "distribution=ray", *training,
+         "train.edits=400", f"run_dir={tmp_path / 'run'}"],
+        cwd=root,
+        env=os.environ | dict([mark.split("=", 1)]) | {"OMP_NUM_THREADS": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    try:
+        next(line for line in run.stderr if "hiedit: train" in line)
+        assert len(marked(mark)) > 4  # the driver, Ray's, a learner, two workers
+        run.send_signal(signal.SIGTERM)
+        said = run.stderr.read()
+        assert run.wait() == 128 + signal.SIGTERM, said
+    finally:
+        run.kill()
+    last = [line for line in said.splitlines() if line.strip()][-1]
+    assert last.startswith("error: stopped by SIGTERM; the checkpoint is"), said
+    assert f"resume={tmp_path / 'run'}" in last and "Traceback" not in said
+    assert list((tmp_path / "run" / "checkpoints" / "hiedit").glob("edits-*/about.json"))
+    wait_until(lambda: not marked(mark), f"left behind: {marked(mark)}", 30.0)

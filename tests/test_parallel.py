@@ -52,3 +52,24 @@ def test_a_killed_worker_is_a_clear_error():
     with pytest.raises(WorkerDied, match="was killed, perhaps because memory ran out: try fewer"):
         run_jobs(killed, [(i,) for i in range(3)], 2)
     assert time.monotonic() - begin < 60
+
+
+def endless(send):
+    send(os.getpid())
+    time.sleep(1000)
+
+
+def test_an_interrupt_ends_the_processes_at_once():
+    pids = []
+
+    def interrupt(pid):
+        pids.append(pid)
+        raise KeyboardInterrupt
+
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        run_jobs(endless, [(), ()], 2, interrupt)
+    assert pids and time.monotonic() - begin < 60
+    for pid in pids:
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)

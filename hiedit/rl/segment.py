@@ -180,8 +180,9 @@ class Trajectory:
         self._carry()
         return done
 
-    def state(self) -> Snapshot:
-        """All that the next segment depends on, apart from what the learner publishes."""
+    def state(self, copy: bool = True) -> Snapshot:
+        """All that the next segment depends on, apart from what the learner publishes. Without
+        ``copy`` the large tensors are the trajectory's own, to be read before its next edit."""
         rollout, objective = self.rollout, self.objective
         prefix, known = self._prefix(), objective.references.known(self._local())
         tensors = {f"acc.{n}": a for n, a in rollout.env.state.accumulated().items()}
@@ -201,7 +202,8 @@ class Trajectory:
             "known": list(known),
             "random": [version, list(numbers), gauss],
         }
-        return Snapshot({n: t.detach().cpu().clone() for n, t in tensors.items()}, values)
+        tensors = {n: t.detach().cpu() for n, t in tensors.items()}
+        return Snapshot({n: t.clone() for n, t in tensors.items()} if copy else tensors, values)
 
     def load_state(self, state: Snapshot) -> None:
         """Go on where ``state`` was taken, on any replica of the same model.
