@@ -101,7 +101,8 @@ class Crew:
         self.parts = ray.put(self.trainer.parts())
         self.pool = WorkerPool(self.config, setups, self.parts, ray.put(requests), Renewed)
         self.pool.start()
-        self.make = ray.remote(num_cpus=0)(LearnerActor)
+        self.learner = ray.remote(num_cpus=0)(LearnerActor).remote(setups[0], self.parts, "cpu")
+        self.begin = self.learner.state.remote()
 
     def run(self, row: Row, edits: int, first: int = 0):
         """(counts, seconds, version) of ``edits`` edits per worker, trajectories ``first`` on."""
@@ -114,16 +115,14 @@ class Crew:
         train = TrainConfig(edits=edits * (first + self.count), steps_per_update=row.steps,
                             stream_lengths=[20, 50])  # fmt: skip
         setups = self.trainer.setups(train, SEED)[first:]
-        learner = self.make.remote(dataclasses.replace(setups[0], train=train), self.parts, "cpu")
         handles = self.pool.handles
         ray.get([h.renew.remote(s) for h, s in zip(handles, setups, strict=True)])
-        ray.get(learner.publish.remote())
+        ray.get(self.learner.load.remote(self.begin))
         config = dataclasses.replace(self.config, mode=row.mode, max_staleness=self.count)
-        controller = Controller(config, self.pool, learner)
+        controller = Controller(config, self.pool, self.learner)
         began = time.perf_counter()
         version = controller.run()
         spent = time.perf_counter() - began
-        ray.kill(learner)
         return controller.counts, spent, unpack(version)
 
 
@@ -184,6 +183,8 @@ def measure(row: Row, one: Crew, two: Crew, edits: int, rounds: int) -> dict[str
                 "state": counts.bytes_state,
             }
         )
+        told = f"{label(row)}: round {number + 1} of {rounds}, ratio {taken[-1]['ratio']:.2f}"
+        print(told, file=sys.stderr, flush=True)
     return {key: statistics.median(t[key] for t in taken) for key in taken[0]}
 
 
