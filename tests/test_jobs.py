@@ -98,7 +98,7 @@ def test_sigterm_checkpoints_and_leaves_no_process_of_its_own_ray(root, tmp_path
         [sys.executable, "launch/train.py", "method=hiedit", "distribution=ray", *training,
          "train.edits=400", f"run_dir={tmp_path / 'run'}"],
         cwd=root,
-        env=os.environ | dict([mark.split("=", 1)]) | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | dict([mark.split("=", 1)]) | {"PYTHONPATH": str(root)},
         stderr=subprocess.PIPE,
         text=True,
     )  # fmt: skip
