@@ -61,6 +61,11 @@ def load_sharded(
     from transformers import AutoConfig, AutoTokenizer
 
     check_modules(config)
+    if config.edits_on != "device":
+        raise ValueError(
+            f"model.edits_on={config.edits_on!r}: what commits need is kept where ZeRO-3 keeps the "
+            "shards; for host memory use distribution.deepspeed=zero3-offload"
+        )
     path, trust = model_path(config.path), config.trust_remote_code
     architecture = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     directory = checkpoint_directory(path)

@@ -34,6 +34,11 @@ class SplitObjective(Objective):
 
     def __init__(self, config: ObjectiveConfig, tokenizer, ranks: Ranks, seed: int = 0):
         super().__init__(config, tokenizer, seed)
+        if config.at_once:
+            raise ValueError(
+                f"method.objective.at_once={config.at_once}: the ranks of a sharded model split "
+                "the reward's sequences between them; leave it 0"
+            )
         self.ranks = ranks
 
     def _terms(
