@@ -17,6 +17,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 export RAY_AUTH_MODE=${RAY_AUTH_MODE:-token}    # in the shell that starts and in the one that submits
 export RAY_USAGE_STATS_ENABLED=${RAY_USAGE_STATS_ENABLED:-0}
+export RAY_worker_niceness=${RAY_worker_niceness:-0}      # Ray's 15 starves them beside anything else
 export RAY_RUNTIME_ENV_IGNORE_GITIGNORE=1       # the extension is in .gitignore, and belongs to the job
 RAY=${RAY:-$(command -v ray || echo "$PWD/.venv/bin/ray")}
 HEAD=${HIEDIT_HEAD:-${TMPDIR:-/tmp}/hiedit-head-$UID}    # what is known of a head started here

@@ -26,6 +26,7 @@ def session(config: DistributionConfig) -> Iterator[None]:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not address:  # Ray's own name for "listen on 127.0.0.1 alone", read when it is imported
         os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+        os.environ.setdefault("RAY_worker_niceness", "0")  # 15 starves them beside anything else
     import ray
 
     if ray.is_initialized():
