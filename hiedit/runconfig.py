@@ -27,8 +27,8 @@ class ModelConfig:
     modules: list[str] | None = None
     dtype: str = "auto"
     device: str = "auto"
-    edits_on: str = "device"
     trust_remote_code: bool = False
+    edits_on: str = "device"
 
     def __post_init__(self):
         choice("model.dtype", self.dtype, DTYPES)
