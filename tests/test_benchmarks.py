@@ -92,9 +92,9 @@ def test_flatness_refuses_weights_that_are_not_the_sum_of_the_edits(monkeypatch)
 def test_memory_formula_is_what_a_process_needs(capsys):
     """``main`` leaves by itself where formula and measurement are a fifth apart."""
     memory.main(QUICK)
-    found = rows(capsys.readouterr().out, 7)
+    found = rows(capsys.readouterr().out, 8)
     assert [row[0] for row in found[-2:]] == ["Llama-3-8B", "Llama-3-70B"]
-    assert found[-1][6] == "-" and "%" in found[-3][6]
+    assert found[-1][7] == "-" and "%" in found[-3][7]
 
 
 SHAPE = memory.Shape(64, 256, 8, 300, 2, rank=16)
