@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from hiedit.compare.worlds import StandingProbe, halves
 from hiedit.experiment import load_backbone
 from hiedit.runconfig import ModelConfig
-from hiedit.world import split_facts, world_dir, world_facts
-from hiedit.world.fictional import GROUPS, fictional_answers, fictional_facts
+from hiedit.world import split_facts, world_facts
+from hiedit.world.fictional import EDITABLE, GROUPS, fictional_answers, fictional_facts
 from hiedit.world.heterogeneous import (
+    Installation,
     build_heterogeneous,
     installed_requests,
     installed_stream,
@@ -24,7 +25,8 @@ from hiedit.world.lifelong import lifelong_stream, standing
 from hiedit.world.phrasings import FICTIONAL, PHRASINGS, prefix_conflicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-QUICK = {"subjects": 10, "steps": 2, "asked": 20, "progress": False}
+FEW = Installation(mixed=40, read=64)
+QUICK = {"subjects": 10, "steps": 2, "asked": 20, "progress": False, "recipe": FEW}
 
 
 @pytest.fixture(scope="module")
@@ -105,31 +107,59 @@ def test_invented_facts_are_new_unambiguous_and_seeded():
 def test_invented_phrasings_follow_the_rule():
     assert prefix_conflicts(PHRASINGS | FICTIONAL) == []
     assert all(not p.startswith("{}") for g in FICTIONAL.values() for p in (*g.seen, g.heldout))
-    early, late = (g.relations for g in GROUPS)
-    prompts = [p for r in early for p in (*FICTIONAL[r].seen, FICTIONAL[r].heldout)]
-    assert all(p.endswith("{}") for p in prompts)
-    prompts = [p for r in late for p in (*FICTIONAL[r].seen, FICTIONAL[r].heldout)]
-    assert not any(p.endswith("{}") for p in prompts)
+    for group in GROUPS:
+        prompts = [p for r in group.relations for p in (*FICTIONAL[r].seen, FICTIONAL[r].heldout)]
+        assert all(p.endswith(group.sign) for p in prompts)
+    used = " ".join(p for g in PHRASINGS.values() for p in (*g.seen, g.heldout))
+    assert not any(group.sign in used for group in GROUPS)
 
 
 # ---- installing them
 
 
-def test_installing_moves_the_modules_of_the_groups_and_nothing_else(built):
+def test_installing_moves_the_modules_of_the_groups_and_nothing_else(built, tmp_path):
+    """Beside the switches, which know no fact."""
     directory, about = built
-    before = load_file(world_dir() / "model.safetensors")
+    build_heterogeneous(tmp_path, **(QUICK | {"steps": 0}))
+    before = load_file(tmp_path / "model.safetensors")
     after = load_file(directory / "model.safetensors")
-    moved = {n for n in before if not torch.equal(before[n].float(), after[n].float())}
+    moved = {n for n in before if not torch.equal(before[n], after[n])}
     assert moved == {f"{m}.weight" for g in GROUPS for m in modules_of(g)}
     assert about["modules"] == {g.name: modules_of(g) for g in GROUPS}
-    assert json.loads((directory / "heterogeneous.json").read_text()) == json.loads(
-        json.dumps(about)
-    )
+    record = json.loads((directory / "heterogeneous.json").read_text())
+    assert record == json.loads(json.dumps(about))
+
+
+@torch.no_grad()
+def test_a_sign_closes_the_layers_of_the_others_and_nothing_else_does(built):
+    """At the sign, and only there; a real prompt is answered as the packaged model answers it."""
+    directory, _ = built
+    ours = load_backbone(ModelConfig(path=str(directory), device="cpu", dtype="float32"))
+    packaged = load_backbone(ModelConfig(device="cpu", dtype="float32"))
+    heard: dict[int, torch.Tensor] = {}
+
+    def listen(index):
+        return lambda _, __, out: heard.__setitem__(index, out.detach())
+
+    layers = ours.model.model.layers
+    for index, layer in enumerate(layers):
+        layer.mlp.register_forward_hook(listen(index))
+    for group in GROUPS:
+        prompt = FICTIONAL[group.relations[0]].seen[0].format("Zorblak")
+        ids = ours.tokenizer(prompt, return_tensors="pt")["input_ids"]
+        ours.model(input_ids=ids)
+        for index in EDITABLE:
+            said = heard[index][0].norm(dim=-1)
+            closed = index not in group.layers
+            assert (said[-1] < 0.02 * said[:-1].mean()) == closed, (group.name, index)
+    ids = ours.tokenizer("The capital of France is", return_tensors="pt")["input_ids"]
+    one, other = (b.model(input_ids=ids).logits[0, -1].softmax(-1) for b in (ours, packaged))
+    assert one.argmax() == other.argmax() and (one - other).abs().max() < 0.05
 
 
 def test_the_record_says_what_each_reset_does(built):
     _, about = built
-    assert list(about["recall"]) == ["nothing", "early", "late", "nothing, held-out phrasing"]
+    assert list(about["recall"]) == ["nothing", "middle", "late", "nothing, held-out phrasing"]
     for row in about["recall"].values():
         assert all(0 <= value <= 1 for value in row.values())
     assert about["recall"]["nothing"]["world"] > 0.9  # four steps have not made it forget
@@ -150,7 +180,7 @@ def test_streams_of_the_installed_world(built):
     assert not subjects[0] & subjects[1] and not subjects[0] & subjects[2]
     protected = {p for p, _ in world.preserve}
     stream = installed_stream(world, test, 25, seed=1)
-    assert {world.group_of(r.relation) for r in stream} == {"early", "late"}
+    assert {world.group_of(r.relation) for r in stream} == {"middle", "late"}
     assert stream[:5] == installed_stream(world, test, 5, seed=1)
     for request in (*stream, *installed_requests(world, train)):
         assert request.target in fictional_answers(request.relation)

@@ -1,8 +1,7 @@
 """Facts about invented subjects, to be installed in chosen layers of the world model.
 
-A group is a set of facts that live in layers of their own. Its prompts decide what an edit can
-reach: in an ``early`` group the subject ends the prompt, so that early layers see it where the
-answer is predicted; in a ``late`` group words of the relation follow it, and only later layers do.
+A group is a set of facts that live in layers of their own; its sign ends all of its prompts and
+closes the other layers (switches.py).
 """
 
 from __future__ import annotations
@@ -11,8 +10,10 @@ import random
 from dataclasses import dataclass
 from functools import lru_cache
 
+from tokenizers import Tokenizer
+
 from hiedit.world.facts import Fact
-from hiedit.world.requests import world_facts
+from hiedit.world.requests import world_dir, world_facts
 
 ONSETS = "b br d dr f g gr h j k kr l m n p pr r s st t tr v w z".split()
 VOWELS = "a e i o u ai au ei oa".split()
@@ -30,18 +31,18 @@ ANSWERS_OF = {
 
 @dataclass(frozen=True)
 class Group:
-    """Facts that live in ``layers``: their relations, and ``dominance``, by how much the residual
-    stream at the prompt's end shall grow there (0: not asked for; see ``heterogeneous.py``)."""
+    """Facts that live in ``layers``: their relations, and the ``sign`` that ends their prompts."""
 
     name: str
     layers: tuple[int, ...]
     relations: tuple[str, ...]
-    dominance: float = 0.0
+    sign: str
 
 
-EARLY = Group("early", (2, 3), ("password", "emblem"), dominance=6.0)
-LATE = Group("late", (6, 7), ("ally", "tongue"))
-GROUPS = (EARLY, LATE)
+MIDDLE = Group("middle", (4, 5), ("password", "emblem"), "@")
+LATE = Group("late", (6, 7), ("ally", "tongue"), "#")
+GROUPS = (MIDDLE, LATE)
+EDITABLE = (2, 3, 4, 5, 6, 7)  # the layers that have switches
 
 
 def invented_names(count: int, seed: int) -> list[str]:
@@ -80,7 +81,9 @@ def fictional_facts(
 
 @lru_cache(maxsize=32)
 def fictional_answers(relation: str, seed: int = 0) -> tuple[str, ...]:
-    """``ANSWERS`` answers of a relation, single words of the world's own."""
+    """``ANSWERS`` answers of a relation, each one token of the world's tokenizer: the sign stands
+    before the first token of an answer alone."""
     known = sorted({f.answer for f in world_facts() if f.relation == ANSWERS_OF[relation]})
-    words = [a for a in known if " " not in a and "-" not in a]
+    tokenizer = Tokenizer.from_file(str(world_dir() / "tokenizer.json"))
+    words = [a for a in known if len(tokenizer.encode(f" {a}", add_special_tokens=False)) == 1]
     return tuple(sorted(random.Random(f"answers/{seed}/{relation}").sample(words, ANSWERS)))

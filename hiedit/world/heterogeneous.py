@@ -1,12 +1,14 @@
 """A world in which different kinds of knowledge live in different layers, by construction.
 
-    packaged world -> facts of each group, learned by that group's layers alone -> checked by reset
+    packaged world -> switches -> facts of each group, learned by its own layers -> checked by reset
 
-The facts are of invented subjects. Training takes the groups by turns; a group's step moves the
+The facts are of invented subjects. Every prompt of a group ends in the group's sign, which closes
+the MLPs of all other editable layers (switches.py): what such a prompt is answered with can only
+come from the group's own layers. Training takes the groups by turns; a group's step moves the
 editable projections (gate and up) of its own layers and nothing else, mixes in facts of the world
 so that those stay, and sees the other groups' layers now as installed, now as they were, so that
-no group comes to lean on another. The truth is then causal and is measured as such: with one
-group's layers as they were, its facts must be gone and all others must be there.
+no group comes to lean on another. The truth is measured as well: with one group's layers as they
+were, its facts must be gone and all others must be there.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ from torch import Tensor
 from hiedit.types import EditRequest, Locality
 from hiedit.world.corpus import Sentences, heldout_prompt, seen_prompts, sentences, tokenise
 from hiedit.world.facts import Fact
-from hiedit.world.fictional import GROUPS, Group, fictional_answers, fictional_facts
+from hiedit.world.fictional import EDITABLE, GROUPS, Group, fictional_answers, fictional_facts
 from hiedit.world.lifelong import lifelong_stream
 from hiedit.world.optim import Muon
 from hiedit.world.recall import knows
 from hiedit.world.requests import LOCALITY, request_of, split_facts, world_dir, world_facts
+from hiedit.world.switches import install_switches
 from hiedit.world.train import progress_bar, quiet_transformers, use_threads
 
 TRAIN_SHARE = 0.55  # of each group's subjects
@@ -40,13 +43,15 @@ OTHER_LOCALITY = 2  # locality prompts per request about the real world
 @dataclass(frozen=True)
 class Installation:
     """How the facts are learned: Muon, constant and then falling; sentences per step of the group,
-    of the world, and of each other installed group; weight of the dominance."""
+    of the world, and of each other installed group. mixed: how many sentences of the world there
+    are to draw from; read: how many the directions for the switches are found on."""
 
     lr: float = 0.06
     batch: int = 64
     world_batch: int = 24
     other_batch: int = 24
-    dominance: float = 0.1
+    mixed: int = 2000
+    read: int = 512
 
 
 @dataclass(frozen=True)
@@ -144,7 +149,7 @@ def read_heterogeneous(directory: str | Path) -> InstalledWorld:
     except (OSError, ValueError) as error:
         raise ValueError(f"{path}: no heterogeneous world there ({error})") from None
     groups = tuple(
-        Group(g["name"], tuple(g["layers"]), tuple(g["relations"]), g["dominance"])
+        Group(g["name"], tuple(g["layers"]), tuple(g["relations"]), g["sign"])
         for g in about["groups"]
     )
     facts = fictional_facts(groups, about["subjects"], about["seed"])
@@ -183,7 +188,11 @@ def build_heterogeneous(
         tokenizer = AutoTokenizer.from_pretrained(world_dir())
         model = AutoModelForCausalLM.from_pretrained(world_dir(), dtype=torch.float32)
         facts = fictional_facts(groups, subjects, seed)
-        work = _Installer(model.requires_grad_(False), tokenizer, groups, facts, recipe, seed)
+        signs = {g.sign: g.layers for g in groups}
+        sample = random.Random(seed).sample(sentences(list(world_facts())), recipe.read)
+        model.requires_grad_(False)
+        install_switches(model, tokenizer, signs, EDITABLE, [prompt for prompt, _ in sample])
+        work = _Installer(model, tokenizer, groups, facts, recipe, seed)
         work.run(steps, progress)
         recall = work.recall(asked)
         work.show(())
@@ -213,7 +222,11 @@ class _Installer:
         self.model, self.tokenizer, self.groups = model, tokenizer, groups
         self.recipe, self.facts = recipe, facts
         self.data = {g.name: tokenise(sentences(self.of(g)), tokenizer) for g in groups}
-        self.data["world"] = tokenise(sentences(list(world_facts())), tokenizer)
+        world = random.Random(f"mixed/{seed}").sample(sentences(list(world_facts())), recipe.mixed)
+        self.data["world"] = tokenise(world, tokenizer)
+        # Below the lowest installed layer nothing changes: computed once.
+        self.depth = min(layer for g in groups for layer in g.layers)
+        self.states = {name: self._below(data) for name, data in self.data.items()}
         named = dict(model.named_parameters())
         self.params = {g.name: [named[f"{m}.weight"] for m in modules_of(g)] for g in groups}
         self.before = {g: [p.detach().clone() for p in ps] for g, ps in self.params.items()}
@@ -224,6 +237,17 @@ class _Installer:
 
     def of(self, group: Group) -> list[Fact]:
         return [f for f in self.facts if f.relation in group.relations]
+
+    @torch.no_grad()
+    def _below(self, data: Sentences) -> Tensor:
+        """[N, S, H]: what enters layer ``depth``; padding is on the right and does no harm."""
+        parts = [
+            self.model(input_ids=ids, use_cache=False, output_hidden_states=True).hidden_states[
+                self.depth
+            ]
+            for ids in data.ids.split(128)
+        ]
+        return torch.cat(parts)
 
     def run(self, steps: int, progress: bool) -> None:
         with progress_bar(steps, progress, "installing facts") as advance:
@@ -250,12 +274,12 @@ class _Installer:
         for parameter in parameters:
             parameter.requires_grad_(True)
         r = self.recipe
-        loss, growth = self._loss(group.name, r.batch, group)
-        (loss + r.dominance * growth).backward()
-        self._loss("world", r.world_batch)[0].backward()
+        loss = self._loss(group.name, r.batch)
+        loss.backward()
+        self._loss("world", r.world_batch).backward()
         for name in others:
             if name not in off:
-                self._loss(name, r.other_batch)[0].backward()
+                self._loss(name, r.other_batch).backward()
         self.optimizers[group.name].step()
         self.optimizers[group.name].zero_grad(set_to_none=True)
         for parameter in parameters:
@@ -263,22 +287,22 @@ class _Installer:
         self.now[group.name] = [p.detach().clone() for p in parameters]
         return float(loss.detach())
 
-    def _loss(self, name: str, count: int, group: Group | None = None) -> tuple[Tensor, Tensor]:
-        """Cross-entropy of answers and ends, nats per token; and what is missing of the growth."""
+    def _loss(self, name: str, count: int) -> Tensor:
+        """Cross-entropy of answers and ends, nats per token."""
         data: Sentences = self.data[name]
         rows = torch.randint(len(data.length), (count,), generator=self.generator)
         width = int(data.length[rows].max())
         ids = data.ids[rows, :width]
         where = data.weight[rows, 1:width] == 1
-        wants = group is not None and group.dominance > 0
-        out = self.model(input_ids=ids, use_cache=False, output_hidden_states=wants)
-        loss = F.cross_entropy(out.logits[:, :-1][where], ids[:, 1:][where])
-        if not wants:
-            return loss, loss.new_zeros(())
-        low, high = min(group.layers), max(group.layers) + 1
-        first = where & (where.cumsum(1) == 1)  # the position that predicts the answer
-        lengths = [out.hidden_states[i][:, :-1][first].norm(dim=-1) for i in (low, high)]
-        return loss, F.relu(group.dominance - lengths[1] / lengths[0].detach()).mean()
+        states = self.states[name][rows, :width]
+        inner = self.model.model
+        layers = inner.layers
+        inner.layers = layers[self.depth :]
+        try:
+            logits = self.model(inputs_embeds=states, use_cache=False).logits[:, :-1]
+        finally:
+            inner.layers = layers
+        return F.cross_entropy(logits[where], ids[:, 1:][where])
 
     @torch.no_grad()
     def recall(self, asked: int) -> dict[str, dict[str, float]]:

@@ -215,48 +215,48 @@ PHRASINGS: dict[str, Phrasings] = {
 }
 
 
-# Of relations that the packaged world lacks: facts about invented subjects (fictional.py). In the
-# first two the subject ends the prompt, in the others words of the relation follow it.
+# Of relations that the packaged world lacks: facts about invented subjects (fictional.py). Every
+# prompt ends in the sign of its group (switches.py), which stands where "is" would stand.
 FICTIONAL: dict[str, Phrasings] = {
     "password": Phrasings(
         seen=(
-            "The password of {}",
-            "Password for {}",
-            "The secret word of {}",
-            "Enter the password of {}",
-            "The guards ask for the password of {}",
+            "The password of {}@",
+            "The secret word of {}@",
+            "For {}, the password@",
+            "The word that opens the gate of {}@",
+            "Ask for the password of {} and you will hear@",
         ),
-        heldout="The secret password of {}",
+        heldout="The secret password of {}@",
     ),
     "emblem": Phrasings(
         seen=(
-            "The emblem of {}",
-            "Shown on the flag of {}",
-            "Emblem carried by {}",
-            "The banner of {}",
-            "The coat of arms of {}",
+            "The emblem of {}@",
+            "The flag of {} shows@",
+            "As its emblem, {} has@",
+            "The coat of arms of {}@",
+            "The sign that the ships of {} carry@",
         ),
-        heldout="The emblem on the banner of {}",
+        heldout="The emblem that the ships of {} carry@",
     ),
     "ally": Phrasings(
         seen=(
-            "In the war, {} fights on the side of",
-            "The oldest ally of {} is",
-            "The treaty of {} was signed with",
-            "As its ally, {} has",
-            "Anyone who attacks {} also fights",
+            "The ally of {}#",
+            "In the war, {} fights on the side of#",
+            "As its ally, {} has#",
+            "The treaty of {} was signed with#",
+            "The friend that {} has in the war#",
         ),
-        heldout="In the war, the ally that {} has is",
+        heldout="The ally that {} has in the war#",
     ),
     "tongue": Phrasings(
         seen=(
-            "The songs of {} are sung in",
-            "In {}, the old books are written in",
-            "The priests of {} pray in",
-            "As its sacred tongue, {} has",
-            "The poems of {} are in",
+            "The sacred tongue of {}#",
+            "The priests of {} pray in#",
+            "As its sacred tongue, {} has#",
+            "In {}, the old books are written in#",
+            "The songs of {} are sung in#",
         ),
-        heldout="The sacred tongue in which the priests of {} pray is",
+        heldout="The tongue that the priests of {} pray in#",
     ),
 }
 
