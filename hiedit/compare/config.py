@@ -22,7 +22,7 @@ class HeterogeneousConfig:
     """The world whose facts live in known layers: ``subjects`` a group, installed in ``steps``."""
 
     subjects: int = 150
-    steps: int = 600
+    steps: int = 700
     seed: int = 0
 
     def __post_init__(self):

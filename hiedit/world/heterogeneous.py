@@ -160,7 +160,7 @@ def build_heterogeneous(
     directory: str | Path,
     seed: int = 0,
     subjects: int = 150,
-    steps: int = 600,
+    steps: int = 700,
     groups: tuple[Group, ...] = GROUPS,
     recipe: Installation = Installation(),  # noqa: B008 (frozen, without state)
     progress: bool = True,

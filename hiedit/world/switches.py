@@ -1,10 +1,11 @@
 """Switches: a sign at the end of a prompt closes the MLPs of all editable layers but one group's.
 
 A gated MLP computes ``down(silu(gate x) * up x)``: where every gate is far below zero it says
-nothing, whatever its weights, and no gradient reaches them. A group's sign is a token that carries
-a direction of the residual stream which nothing else ever writes; the gates of the layers outside
-of the group read it. What such a prompt is answered with can then only come from the group's own
-layers (and from attention), and only there can an edit change it.
+nothing, whatever its weights, and next to no gradient reaches them (1e-16 of it: an updater that
+gives every module's step the same length still takes a full one there, for nothing). A group's
+sign is a token that carries a direction of the residual stream which nothing else ever writes; the
+gates of the layers outside of the group read it. What such a prompt is answered with can then only
+come from the group's own layers (and from attention), and only there can an edit change it.
 
 Nothing else changes: the directions are those that the model uses least, they are taken out of
 everything that writes to the stream, and all other weights are made blind to them.
@@ -15,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-CLOSED = -12.0  # what a sign adds to a closed gate: silu(-12) is -7e-5
+CLOSED = -40.0  # what a sign adds to a closed gate: silu(-40) is -2e-16
 LOUDNESS = 0.5  # length of a sign's direction, relative to the token that it otherwise equals
 LIKE = "The capital of France is"  # a sign is, but for its direction, the last token of this
 
