@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hiedit.compare.cells import Cell, read_cell, write_cell
+from hiedit.compare.oracle import TruthSelector
 from hiedit.compare.worlds import StandingProbe, World, load_world
 from hiedit.evaluation.results import stream_fingerprint
 from hiedit.methods import Method, build_method, load_editor, save_editor
@@ -55,9 +56,12 @@ def measure(cell: Cell, run_dir: str, tell: Tell) -> dict[str, Any]:
     wall, cpu = time.perf_counter(), time.process_time()
     world = load_world(cell.setup, run_dir)
     method, train_seconds = trained(cell, world, run_dir, tell)
-    relations = dict(cell.extra).get("relations")
+    extra = dict(cell.extra)
+    relations = extra.get("relations")
     requests = world.stream(cell.phase, cell.horizons[-1], cell.seed, relations)
     probe = StandingProbe(world.backbone, requests, cell.setup.batch)
+    if extra.get("truth"):
+        method.rollout.selector = TruthSelector(method.rollout.selector, world.truth)
     chosen = _Choices(method)
     points, masks, passes, seconds = [], [], [], 0.0
     try:
@@ -65,6 +69,8 @@ def measure(cell: Cell, run_dir: str, tell: Tell) -> dict[str, Any]:
         for index, request in enumerate(requests):
             start = time.perf_counter()
             chosen.begin()
+            if extra.get("truth"):
+                method.rollout.selector.relation = request.relation
             outcome = method.rollout.step(EditBatch((request,), index))
             seconds += time.perf_counter() - start
             masks.append(outcome.mask.cpu())

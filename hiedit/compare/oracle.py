@@ -1,27 +1,56 @@
 """Where a fact was installed is not by itself where an edit of it works best: that is measured.
 
 Each group's test facts are edited in the modules of each group in turn, by one training-free
-method. If the diagonal is not the best of its row, knowing the truth is of no use to an editor.
+method; a stream of both is also edited with the truth known edit by edit, which is what a perfect
+policy would do. If the diagonal is not the best of its row, knowing the truth is of no use to an editor.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
+
+import torch
+from torch import nn
 
 from hiedit.compare.cells import Cell, Setup, read_cell
 from hiedit.compare.config import ExperimentConfig, apply
 from hiedit.compare.tables import table
 from hiedit.evaluation.statistics import mean
 from hiedit.methods import load_method
+from hiedit.types import Action, Signals
 from hiedit.world.fictional import GROUPS
 from hiedit.world.heterogeneous import modules_of
+
+MIXED, TRUTH = "both, mixed", "its own layers"
 
 
 def sites() -> dict[str, list[str] | None]:
     """By name, the modules to edit in; None: all editable ones."""
     found: dict[str, list[str] | None] = {g.name: modules_of(g) for g in GROUPS}
     return found | {"both": [m for g in GROUPS for m in modules_of(g)], "all": None}
+
+
+class TruthSelector(nn.Module):
+    """In place of a method's selector: the modules that the fact of the current edit was installed
+    in. ``relation`` is set before every edit."""
+
+    learned = False
+
+    def __init__(self, selector: nn.Module, truth: Mapping[str, Sequence[str]]):
+        super().__init__()
+        self.config, self.relation = selector.config, None
+        self._masks = {
+            relation: torch.tensor([[float(name in modules) for name in selector.names]])
+            for relation, modules in truth.items()
+        }
+
+    def forward(self, signals: Signals) -> Action:
+        mask = self._masks[self.relation].to(signals.loss.device)
+        return Action(mask.expand(len(signals.loss), -1))
+
+    def observe(self, signals: Signals) -> None:
+        """Nothing is learned."""
 
 
 def oracle_cells(
@@ -32,15 +61,16 @@ def oracle_cells(
     if not o.edits or setup is None:
         return {}
     found: dict[tuple[str, str], list[Cell]] = {}
-    for group in GROUPS:
-        for site, modules in sites().items():
+    groups: dict[str, tuple[str, ...]] = {g.name: g.relations for g in GROUPS}
+    for group, relations in (groups | {MIXED: sum(groups.values(), ())}).items():
+        for site, modules in (sites() | ({TRUTH: None} if group == MIXED else {})).items():
             chosen: dict[str, Any] = {"selector.kind": "all"}
             if modules is not None:
                 chosen = {"selector.kind": "static", "selector.modules": modules}
             for eta in o.etas:
                 method = apply(load_method(o.method), chosen | {"updater.eta": eta}, "oracle")
-                extra = (("relations", group.relations),)
-                found.setdefault((group.name, site), []).extend(
+                extra = (("relations", relations), ("truth", site == TRUTH))
+                found.setdefault((group, site), []).extend(
                     Cell(setup, "oracle", seed, (o.edits,), method, extra) for seed in o.seeds
                 )
     return found
@@ -79,7 +109,8 @@ def oracle_table(rows: list[dict]) -> str:
         for r in rows
     ]  # fmt: skip
     head = ["facts of", "edited in", "avg", "ES", "GS", "LS", "passes / edit", "best step", "seeds"]
-    what = "Facts of one group edited in the modules of one group, each with its best step size"
+    what = "Facts of one group, or of both in one stream, edited in the modules of one group, each "
+    what += "with its best step size (chosen on these same edits, for every site alike)"
     return f"## Heterogeneous world: does it matter where an edit goes?\n\n{what}.\n\n" + table(
         head, lines
     )
