@@ -135,7 +135,7 @@ def run_task(
         config.evaluate,
         config.seed,
         config.stream.n_edits,
-        _hooks(config, name, send),
+        hooks_of(config, name, send),
         ready,
         checkpoints=checkpoints,
     )
@@ -174,7 +174,7 @@ def _train_one(
     def on_version(steps: list[TrainStep]) -> None:
         send(_of_version(name, steps, trainer.status()))
 
-    hooks = _hooks(config, name, send, lambda: trainer.status())
+    hooks = hooks_of(config, name, send, lambda: trainer.status())
     checkpoints = checkpoints_of(config, method)
     _, history = train_method(
         backbone, data, method, config.train, config.seed, hooks, make, checkpoints
@@ -182,7 +182,7 @@ def _train_one(
     return time.perf_counter() - start, history
 
 
-def _hooks(
+def hooks_of(
     config: RunConfig, name: str, send: Send, status: Callable[[], dict] | None = None
 ) -> Hooks:
     """Progress of one method to ``send``; with ``status``, of the workers, too, and then metrics

@@ -130,7 +130,7 @@ def twenty_edits(ranks, sharded, local, scratch: Path) -> dict:
     after = gathered(sharded)
     whole = parts.rollout.env.state.accumulated()
     growth = parts.rollout.env.state.growth()
-    save_sharded(scratch / "merged", sharded, max_shard_bytes=2 << 20)
+    save_sharded(scratch / "merged", sharded, max_shard_bytes=3 << 20)  # > one embedding
     export_sharded_adapter(scratch / "adapter", sharded, committed)
     with parts.rollout.env.state.base_weights():
         inside = gathered(sharded)

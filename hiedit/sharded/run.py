@@ -18,10 +18,10 @@ from hiedit.config import MethodConfig
 from hiedit.evaluation.lifelong import StreamProbe
 from hiedit.evaluation.results import MethodResult
 from hiedit.experiment import Hooks, load_data, run_method
-from hiedit.methods import load_editor, save_editor
+from hiedit.methods import load_editor
 from hiedit.progress import Update
 from hiedit.rl.training import TrainStep
-from hiedit.run import checkpoints_of, run
+from hiedit.run import checkpoints_of, hooks_of, run
 from hiedit.runconfig import RunConfig
 from hiedit.sharded.loading import load_sharded
 from hiedit.sharded.ranks import Ranks, join, lost
@@ -71,21 +71,9 @@ class _Job:
         send(Update(name, "load"))
         backbone, data, probe = self._prepared(config)
 
-        def on_train(step: TrainStep, total: int) -> None:
-            note = f"loss {step.loss:.2f}, {step.layers:.0f} layers, {step.passes} passes"
-            send(Update(name, "train", step.edit, total, note))
-            send((name, step, {}))
-
-        def trained(parts) -> None:
-            if ranks.main:
-                save_editor(parts, Path(config.run_dir) / "editors" / name)
-
-        hooks = Hooks(
-            train=on_train,
-            edit=lambda done, total: send(Update(name, "edit", done, total)),
-            stage=lambda stage: send(Update(name, stage)),
-            trained=trained,
-        )
+        hooks = hooks_of(config, name, send)
+        if not ranks.main:  # one of them writes the editor
+            hooks = dataclasses.replace(hooks, trained=Hooks().trained)
         ready = load_editor(backbone, editor, config.seed) if editor else None
         checkpoints = None
         if method and config.distribution.checkpoint_every:
