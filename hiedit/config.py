@@ -135,6 +135,9 @@ class UpdaterConfig:
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
     at the positions that predict their answers or at all up to there (``preserve_tokens``).
     lr: of the hypernetwork (Adam); lr_step: of the log step sizes and log ridges.
+    phrasing: weight of the keys' scatter between phrasings of one fact in what the protection keeps
+    away from, so that a shift rests on what phrasings share (0: none), measured on
+    ``phrasing_edits`` training edits.
     """
 
     kind: str = "closed_form"
@@ -154,6 +157,8 @@ class UpdaterConfig:
     preserve_tokens: str = "answer"
     lr: float = 1e-4
     lr_step: float = 1e-2
+    phrasing: float = 0.0
+    phrasing_edits: int = 200
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
@@ -164,12 +169,17 @@ class UpdaterConfig:
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
         for key in ("eta", "lam", "eps"):
             at_least(f"method.updater.{key}", getattr(self, key), 0, strict=True)
-        for key in ("rank", "blocks"):
+        for key in ("rank", "blocks", "phrasing_edits"):
             at_least(f"method.updater.{key}", getattr(self, key), 1)
         if self.clamp is not None:
             at_least("method.updater.clamp", self.clamp, 0, strict=True)
-        for key in ("absorb", "preserve", "lr", "lr_step"):
+        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing"):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
+        if self.phrasing and self.solver != "protected":
+            raise ValueError(
+                f"method.updater.phrasing={self.phrasing!r}: it is part of the protection; set "
+                "method.updater.solver=protected, or phrasing to 0"
+            )
 
 
 @dataclass(frozen=True)

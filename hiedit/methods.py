@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.backbone.moments import key_moments
+from hiedit.backbone.moments import key_moments, phrasing_scatter
 from hiedit.config import MethodConfig, TrainConfig, choice, from_mapping
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector, top_k_mask
@@ -24,7 +25,7 @@ from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
 from hiedit.rl.rollout import Rollout
 from hiedit.rl.training import Trainer
-from hiedit.types import EditRequest
+from hiedit.types import EditRequest, TokenBatch
 from hiedit.updaters.updater import Updater
 
 
@@ -80,7 +81,8 @@ def build_method(
                 f"method {config.name!r} protects knowledge (updater.solver=protected) and needs "
                 "prompts with answers to preserve: give training records with locality prompts"
             )
-        fit_protection(backbone, updater, pairs[: config.updater.preserve])
+        facts = phrasings_of(train, config) if config.updater.phrasing else ()
+        fit_protection(backbone, updater, pairs[: config.updater.preserve], facts)
     if frequency is not None:
         selector.set_static(top_k_mask(frequency[None], selector.k)[0])
     searches = config.selector.kind == "best_subset"
@@ -147,16 +149,42 @@ def _empty(backbone: Backbone, config: MethodConfig, seed: int) -> Method:
 
 
 def fit_protection(
-    backbone: Backbone, updater: Updater, pairs: Sequence[tuple[str, str]], batch: int = 64
+    backbone: Backbone,
+    updater: Updater,
+    pairs: Sequence[tuple[str, str]],
+    facts: Sequence[Sequence[tuple[str, str]]] = (),
+    batch: int = 64,
 ) -> None:
-    """Fit the updater's protection on sentences made of ``pairs`` (prompt, answer)."""
-    batches = (
-        encode(backbone.tokenizer, list(pairs[i : i + batch]), padding_side="left").to(
-            backbone.device
+    """Fit the updater's protection on sentences made of ``pairs`` (prompt, answer); ``facts``: the
+    phrasings of one fact each, where the updater's ``phrasing`` wants them."""
+
+    def tokens(some: Sequence[tuple[str, str]]) -> TokenBatch:
+        return encode(backbone.tokenizer, list(some), padding_side="left").to(backbone.device)
+
+    batches = (tokens(pairs[i : i + batch]) for i in range(0, len(pairs), batch))
+    moments = key_moments(backbone, batches, updater.config.preserve_tokens)
+    scatter = None
+    if facts:
+        scatter = phrasing_scatter(backbone, (tokens(fact) for fact in facts))
+    updater.fit_protection(moments, scatter)
+
+
+def phrasings_of(train: Sequence[EditRequest], config: MethodConfig) -> list[list[tuple[str, str]]]:
+    """By training edit, (phrasing, answer as the model has it) of its prompt and paraphrases; a
+    warning where none has two."""
+    found = [
+        [(p, r.old_target or r.target) for p in (r.prompt, *r.paraphrases)]
+        for r in train
+        if r.paraphrases
+    ]
+    if not found:
+        warnings.warn(
+            f"method {config.name!r} would learn what phrasings of a fact share (method.updater."
+            f"phrasing={config.updater.phrasing}), but no training edit has a paraphrase: it edits "
+            "without",
+            stacklevel=2,
         )
-        for i in range(0, len(pairs), batch)
-    )
-    updater.fit_protection(key_moments(backbone, batches, updater.config.preserve_tokens))
+    return found[: config.updater.phrasing_edits]
 
 
 def load_method(path: str | Path) -> MethodConfig:

@@ -7,7 +7,7 @@ from models import ARCHITECTURES, Sample, pad_batch, random_sequences, tiny_mode
 from torch.testing import assert_close
 
 from hiedit.backbone.model import Backbone
-from hiedit.backbone.moments import key_moments
+from hiedit.backbone.moments import key_moments, phrasing_scatter
 from hiedit.backbone.signals import Probe
 from hiedit.data.tokens import encode
 from hiedit.types import Shift
@@ -195,6 +195,60 @@ def test_key_moments(backbone, side):
         assert_close(second, keys.T @ keys / tokens, **TOLERANCE)
         assert_close(power, values.square().sum(-1).mean(), **TOLERANCE)
     assert not any(t.requires_grad for pair in moments.values() for t in pair)
+
+
+def test_phrasing_scatter(backbone, side):
+    """Against the definition, one phrasing at a time; what cannot be compared does not count."""
+
+    def fact(prompt):
+        return Sample((*prompt, 7, 3), range(len(prompt), len(prompt) + 2))
+
+    facts = [
+        [
+            fact((5,)),
+            fact(
+                (
+                    4,
+                    9,
+                )
+            ),
+            fact(
+                (
+                    11,
+                    12,
+                    13,
+                )
+            ),
+        ],
+        [
+            fact(
+                (
+                    20,
+                    21,
+                )
+            ),
+            fact((6,)),
+        ],
+        [fact((8,))],
+        [fact((8,)), Sample((9, 7), range(1, 2))],
+    ]
+    found = phrasing_scatter(backbone, [pad_batch(some, side) for some in facts])
+    wanted = dict.fromkeys(backbone.names, 0.0)
+    for phrasings in facts[:2]:
+        keys = {n: [] for n in wanted}
+        for s in phrasings:
+            with backbone.capture() as (inputs, _):
+                backbone.answers(pad_batch([s], "left"))
+            for n, x in inputs.items():  # the two places that predict an answer token
+                keys[n].append(x.reshape(-1, x.shape[-1])[s.answer.start - 1 : s.answer.stop - 1])
+        for n in wanted:
+            k = torch.stack(keys[n])
+            around = (k - k.mean(0)).flatten(0, 1)
+            wanted[n] = wanted[n] + around.T @ around
+    for n in wanted:
+        assert_close(found[n], wanted[n] / (2 * 2 + 1 * 2), **TOLERANCE)
+    with pytest.raises(ValueError, match="no fact was given in two phrasings"):
+        phrasing_scatter(backbone, [pad_batch(facts[2], side)])
 
 
 def test_key_moments_of_nothing_is_an_error(llama):

@@ -230,3 +230,22 @@ def test_a_pass_that_does_not_suffice_costs(backbone):
         gradient = method.rollout.selector.gate.gate.bias.grad.clone()
         found.append(gradient)
     assert not torch.allclose(found[0], found[1])
+
+
+def test_phrasings_need_paraphrases_and_say_so(backbone):
+    plain = [dataclasses.replace(r, paraphrases=()) for r in REQUESTS]
+    bare = dataclasses.replace(
+        HIEDIT, updater=dataclasses.replace(HIEDIT.updater, solver="protected", phrasing=0.0)
+    )
+    method = dataclasses.replace(bare, updater=dataclasses.replace(bare.updater, phrasing=1.0))
+    with pytest.warns(UserWarning, match="no training edit has a paraphrase"):
+        without = build_method(backbone, method, plain, PRESERVE, 0)
+    having = build_method(backbone, method, REQUESTS, PRESERVE, 0)
+    none = build_method(backbone, bare, REQUESTS, PRESERVE, 0)
+    for one, two, three in zip(
+        *(m.rollout.updater.groups for m in (without, having, none)), strict=True
+    ):
+        assert torch.equal(one.protection.precision, three.protection.precision)
+        assert not torch.equal(two.protection.precision, three.protection.precision)
+    with pytest.raises(ValueError, match="method.updater.phrasing=1.0.*solver=protected"):
+        dataclasses.replace(method.updater, solver="outer")

@@ -299,6 +299,46 @@ def test_loading_and_reset_restore_the_protection():
     assert torch.equal(loaded.precision, fitted.precision)
 
 
+def test_the_scatter_of_phrasings_is_part_of_the_precision_and_not_of_the_energy():
+    plain, keys, outputs = protection()
+    second, power = keys.mT @ keys / 40, outputs.square().sum(-1).mean(-1)
+    between = torch.randn(M, 7, I, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    between = between.mT @ between
+    fitted = Protection(M, I, phrasing=3.0).double()
+    fitted.fit(second, power, between)
+    eye = torch.eye(I, dtype=torch.float64)
+    unit = second.diagonal(dim1=1, dim2=2).mean(-1)[:, None, None]
+    wanted = torch.linalg.inv((second + 3.0 * between) / unit + fitted.eps * eye)
+    assert_close(fitted.precision, wanted, rtol=1e-8, atol=1e-9)
+    p = problem()
+    assert torch.equal(fitted.energy(p["keys"], p["grads"]), plain.energy(p["keys"], p["grads"]))
+    loaded = Protection(M, I, phrasing=3.0).double()
+    loaded.load_state_dict(fitted.state_dict())
+    loaded.reset()
+    assert torch.equal(loaded.precision, fitted.precision)
+
+
+def test_a_shift_rests_on_what_phrasings_share():
+    """Two keys of one fact that differ in one direction: the more the scatter weighs, the nearer
+    is what the second phrasing gets to what the first one does."""
+    eye = torch.eye(I, dtype=torch.float64)[None]
+    shared, apart = eye[0, 0], eye[0, 1]
+    between = 2.0 * apart[:, None] * apart[None]
+    shares = []
+    for weight in (0.0, 1.0, 100.0):
+        fitted = Protection(1, I, phrasing=weight).double()
+        fitted.fit(eye, torch.ones(1, dtype=torch.float64), between[None])
+        k = (shared + apart)[None, None]
+        directions, _ = protected_least_squares(
+            k, torch.ones(1, 1, O, dtype=torch.float64), torch.tensor([0.1]), fitted.precision,
+            torch.ones(1, 1, dtype=torch.bool),
+        )  # fmt: skip
+        given = directions[0] @ torch.stack([shared + apart, shared - apart], -1)
+        shares.append(float(given[0, 1] / given[0, 0]))
+    assert shares[0] == pytest.approx(0.0, abs=1e-9)
+    assert shares[0] < shares[1] < shares[2] and shares[2] > 0.95
+
+
 def test_energy_is_the_mean_change_of_the_outputs_on_preserved_prompts():
     fitted, keys, outputs = protection()
     p = problem()

@@ -21,7 +21,7 @@ def quick(name: str) -> MethodConfig:
     return dataclasses.replace(
         method,
         selector=dataclasses.replace(method.selector, effect_edits=2),
-        updater=dataclasses.replace(method.updater, preserve=40, rank=8),
+        updater=dataclasses.replace(method.updater, preserve=40, rank=8, phrasing_edits=3),
         objective=dataclasses.replace(method.objective, back_depth=2),
         passes=dataclasses.replace(method.passes, max=min(method.passes.max, 2)),
     )

@@ -1,4 +1,4 @@
-"""Second moments of the keys on knowledge to preserve."""
+"""Second moments of keys: on knowledge to preserve, and between phrasings of one fact."""
 
 from __future__ import annotations
 
@@ -40,3 +40,38 @@ def key_moments(
     if count == 0:
         raise ValueError("key_moments: no prompts to preserve were given")
     return {n: (moments[n] / count, power[n] / count) for n in moments}
+
+
+@torch.no_grad()
+def phrasing_scatter(backbone: Backbone, facts: Iterable[TokenBatch]) -> dict[str, Tensor]:
+    """By module, the covariance ``S`` [I, I] of the keys of one fact's phrasings around their mean,
+    pooled over facts (the within-class scatter of Fisher's discriminant).
+
+    facts: the phrasings of one fact each, all with the same answer, whose tokens are compared place
+    by place. A fact with one phrasing, or whose answer is cut into tokens differently, is left out.
+
+    Raises:
+        ValueError: if no fact is left.
+    """
+    sums = {
+        n: torch.zeros(m.in_features, m.in_features, device=backbone.device)
+        for n, m in backbone.modules.items()
+    }
+    free = 0  # degrees of freedom
+    for batch in facts:
+        where = edit_tokens(batch, "answer")
+        counts = where.sum(1)
+        phrasings, places = len(counts), int(counts[0])
+        if phrasings < 2 or bool((counts != places).any()):
+            continue
+        with backbone.capture() as (inputs, _):
+            backbone.answers(batch)
+        for name in sums:
+            keys = at_tokens(inputs[name], where, batch.attention).float()
+            keys = keys.view(phrasings, places, -1)
+            around = (keys - keys.mean(0, keepdim=True)).flatten(0, 1)
+            sums[name] += around.T @ around
+        free += (phrasings - 1) * places
+    if free == 0:
+        raise ValueError("phrasing_scatter: no fact was given in two phrasings")
+    return {n: total / free for n, total in sums.items()}

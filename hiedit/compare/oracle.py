@@ -2,7 +2,8 @@
 
 Each group's test facts are edited in the modules of each group in turn, by one training-free
 method; a stream of both is also edited with the truth known edit by edit, which is what a perfect
-policy would do. If the diagonal is not the best of its row, knowing the truth is of no use to an editor.
+policy would do. If the diagonal is not the best of its row, knowing the truth is of no use to an
+editor.
 """
 
 from __future__ import annotations

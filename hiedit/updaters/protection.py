@@ -1,7 +1,9 @@
 """What a module must not forget: second moments of protected keys.
 
-``P = (C / c + eps I)^-1`` with ``C`` the second moment of the keys on prompts to preserve (and,
-as edits are committed, of earlier edits), ``c`` its mean diagonal at the start.
+``P = (C / c + phi S / c + eps I)^-1`` with ``C`` the second moment of the keys on prompts to
+preserve (and, as edits are committed, of earlier edits), ``c`` its mean diagonal at the start.
+``S``, where ``phi`` is not zero, is the keys' scatter between phrasings of one fact: a shift whose
+keys are ``P k`` then rests on what phrasings share (Fisher's discriminant, 1936).
 Shapes: ``M`` modules of one shape, ``I`` in features, ``T`` tokens.
 """
 
@@ -22,24 +24,39 @@ class Protection(nn.Module):
     the modules' outputs on the preserved prompts. eps: ridge relative to the mean key power.
     The precision is not part of the state dict: ``reset`` after loading one.
     absorb: weight of one edit's keys against one average preserved key (0.05 in the design).
+    phrasing: ``phi``; where it is not zero there is ``scatter`` ``phi S / c``: [M, I, I].
     """
 
-    def __init__(self, modules: int, features: int, eps: float = 0.02, absorb: float = 0.05):
+    def __init__(
+        self,
+        modules: int,
+        features: int,
+        eps: float = 0.02,
+        absorb: float = 0.05,
+        phrasing: float = 0.0,
+    ):
         super().__init__()
+        self.phrasing = phrasing
         self.eps, self.absorb_weight = eps, absorb
         eye = torch.eye(features).expand(modules, -1, -1)
         self.register_buffer("moment", eye.clone())
         self.register_buffer("unit", torch.ones(modules))
         self.register_buffer("power", torch.ones(modules))
+        self.register_buffer("scatter", torch.zeros_like(self.moment) if phrasing else None)
         self.register_buffer("precision", eye / (1 + eps), persistent=False)
 
     @torch.no_grad()
-    def fit(self, second_moment: Tensor, output_power: Tensor) -> None:
-        """second_moment: [M, I, I] of keys. output_power: [M], mean of ``|y|^2``."""
+    def fit(
+        self, second_moment: Tensor, output_power: Tensor, scatter: Tensor | None = None
+    ) -> None:
+        """second_moment: [M, I, I] of keys. output_power: [M], mean of ``|y|^2``. scatter:
+        [M, I, I], of keys between phrasings of one fact, if they are known."""
         unit = second_moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
         self.unit.copy_(unit)
         self.moment.copy_(second_moment / unit[:, None, None])
         self.power.copy_(output_power)
+        if self.scatter is not None and scatter is not None:
+            self.scatter.copy_(self.phrasing * scatter / unit[:, None, None])
         self.reset()
 
     @torch.no_grad()
@@ -48,6 +65,8 @@ class Protection(nn.Module):
         size = self.moment.shape[-1]
         eye = torch.eye(size, dtype=torch.float64, device=self.moment.device)
         dense = self.moment.double() + self.eps * eye
+        if self.scatter is not None:
+            dense += self.scatter.double()
         inverse = torch.cholesky_inverse(torch.linalg.cholesky(dense))
         self.precision.copy_(inverse.to(self.precision.dtype))
 

@@ -37,7 +37,9 @@ class ShapeGroup(nn.Module):
             else None
         )
         protects = config.solver == "protected"
-        self.protection = Protection(m, i, config.eps, config.absorb) if protects else None
+        self.protection = (
+            Protection(m, i, config.eps, config.absorb, config.phrasing) if protects else None
+        )
 
     def pseudo(self, keys: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
         """(K' [M, T, I], G' [M, T, O]): normalised, or raw plus the hypernetwork's change."""
@@ -170,12 +172,20 @@ class Updater(nn.Module):
             if group.protection is not None:
                 group.protection.reset()
 
-    def fit_protection(self, moments: Mapping[str, tuple[Tensor, Tensor]]) -> None:
-        """moments: by module, (second moment of keys [I, I], mean squared output norm [])."""
+    def fit_protection(
+        self,
+        moments: Mapping[str, tuple[Tensor, Tensor]],
+        scatter: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """moments: by module, (second moment of keys [I, I], mean squared output norm []).
+        scatter: by module, that of keys between phrasings of one fact [I, I]."""
         for group in self.groups:
-            if group.protection is not None:
-                second = torch.stack([moments[n][0] for n in group.names])
-                group.protection.fit(second, torch.stack([moments[n][1] for n in group.names]))
+            if group.protection is None:
+                continue
+            second = torch.stack([moments[n][0] for n in group.names])
+            power = torch.stack([moments[n][1] for n in group.names])
+            between = torch.stack([scatter[n] for n in group.names]) if scatter else None
+            group.protection.fit(second, power, between)
 
 
 def _scaled(shift: Shift, through_mask: bool) -> Tensor:
