@@ -58,9 +58,10 @@ def compare(config: CompareConfig) -> Path:
 
 
 def run_all(config: CompareConfig, phase: str, cells: Sequence[Cell], progress: Progress) -> None:
-    """Run those of ``cells`` whose results are missing, the longest first."""
+    """Run those of ``cells`` whose results are missing, the longest first, and among equals seed by
+    seed: what an interrupted run has measured can be compared."""
     missing = {c.key: c for c in cells if read_cell(config.run_dir, c) is None}
-    todo = sorted(missing.values(), key=lambda c: (c.setup.world, -c.edits))
+    todo = sorted(missing.values(), key=lambda c: (c.setup.world, -c.edits, c.seed))
     if not cells:
         return
     print(f"{phase}: {len(todo)} of {len({c.key for c in cells})} cells to run", flush=True)
