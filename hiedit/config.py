@@ -19,6 +19,7 @@ SELECTORS = (
     "policy",
 )  # fmt: skip
 LEARNED_SELECTORS = ("policy", "shuffled")
+FEATURES = ("fullness", "collision", "gain", "cost")
 ESTIMATORS = ("straight_through", "plackett_luce", "bernoulli", "counterfactual")
 BASELINES = ("self_critical", "leave_one_out")
 UPDATERS = ("none", "closed_form", "hypernetwork")
@@ -63,6 +64,9 @@ class SelectorConfig:
     baseline: of the scores, ``self_critical`` or ``leave_one_out``. entropy_floor: in [0, 1],
     relative to a policy that knows nothing; entropy_weight: of falling below it (nats).
     sparsity: reward of ``bernoulli`` for every module left out (nats).
+    features: what the policy sees of every module beside keys and gradients: ``fullness`` (of
+    earlier edits), ``collision`` (of the edit's keys with protected ones), first-order ``gain`` of
+    its shift, and the shift's ``cost``.
     """
 
     kind: str = "all"
@@ -84,9 +88,17 @@ class SelectorConfig:
     entropy_weight: float = 1.0
     sparsity: float = 0.0
     credit: str = "regress"
+    features: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         choice("method.selector.kind", self.kind, SELECTORS)
+        for feature in self.features:
+            choice("method.selector.features", feature, FEATURES)
+        if self.features and (not self.learned or len(set(self.features)) < len(self.features)):
+            raise ValueError(
+                f"method.selector.features={self.features!r}: each once, and only for a policy "
+                f"(method.selector.kind={self.kind!r}; valid: {', '.join(LEARNED_SELECTORS)})"
+            )
         choice("method.selector.init", self.init, ("zero", "effects"))
         if self.k is not None:
             at_least("method.selector.k", self.k, 1)
@@ -260,6 +272,17 @@ class MethodConfig:
             raise ValueError(
                 f"method.objective.kind={self.objective.kind!r}: {self.name!r} has nothing to "
                 "learn (no hypernetwork, no policy); set it to 'none'"
+            )
+        protected = self.updater.kind != "none" and self.updater.solver == "protected"
+        if "collision" in self.selector.features and not protected:
+            raise ValueError(
+                f"method.selector.features={self.selector.features!r}: 'collision' is with "
+                "protected keys; set method.updater.solver=protected, or leave it out"
+            )
+        if {"gain", "cost"} & set(self.selector.features) and self.updater.kind == "none":
+            raise ValueError(
+                f"method.selector.features={self.selector.features!r}: 'gain' and 'cost' are of "
+                "an updater's shifts, and method.updater.kind='none' has none; leave them out"
             )
         if self.objective.kind == "none" and learns:
             raise ValueError(

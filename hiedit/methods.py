@@ -112,7 +112,7 @@ def record_choices(method: Method, requests: Sequence[EditRequest]) -> None:
     for request in requests:
         pair = [(request.prompt, request.target)]
         tokens = encode(backbone.tokenizer, pair, padding_side="left").to(backbone.device)
-        signals = env.probe(tokens, 1, rollout.updater.config.tokens).signals()
+        signals = rollout.told(env.probe(tokens, 1, rollout.updater.config.tokens).signals())
         chosen += selector.mode(selector.gate(signals, 1))[0]
     selector.frequency.copy_(chosen / len(requests))
 

@@ -102,6 +102,7 @@ class Signals:
     edit: int64 [T], the edit each token belongs to.
     loss: [E], edit loss (mean negative log-likelihood of the answer's tokens, nats).
     confidence: [E], smallest probability of any answer token.
+    state: [E, L, F], what the policy is told of every module beside these (rl/features.py).
     """
 
     keys: Mapping[str, Tensor]
@@ -109,6 +110,7 @@ class Signals:
     edit: Tensor
     loss: Tensor
     confidence: Tensor
+    state: Tensor | None = None
 
 
 @dataclass(frozen=True)

@@ -46,12 +46,19 @@ class TruthSelector(nn.Module):
             for relation, modules in truth.items()
         }
 
-    def forward(self, signals: Signals) -> Action:
+    def forward(self, signals: Signals, explore: bool = False, gains=None) -> Action:
         mask = self._masks[self.relation].to(signals.loss.device)
         return Action(mask.expand(len(signals.loss), -1))
 
     def observe(self, signals: Signals) -> None:
         """Nothing is learned."""
+
+    def reset(self) -> None:
+        """Nothing is remembered."""
+
+    def again(self, signals: Signals, action: Action) -> Action:
+        """The choice holds for all passes of an edit."""
+        return action
 
 
 def oracle_cells(

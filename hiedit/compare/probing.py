@@ -65,7 +65,8 @@ def _probe(cell: Cell, run_dir: str, send) -> dict[str, Any]:
         pair = [(request.prompt, request.target)]
         batch = encode(world.backbone.tokenizer, pair, padding_side="left")
         tokens = rollout.updater.config.tokens
-        signals = rollout.env.probe(batch.to(world.backbone.device), 1, tokens).signals()
+        probe = rollout.env.probe(batch.to(world.backbone.device), 1, tokens)
+        signals = rollout.told(probe.signals())
         with torch.no_grad():
             action = rollout.selector(signals)
         if action.logits is None:

@@ -49,7 +49,9 @@ class Encoder(nn.Module):
 class GateNetwork(nn.Module):
     """Encoders by weight shape, concatenated over modules, and a linear gate (design, section 3).
 
-    The gate's weights start small, so that the first choices follow its bias.
+    The gate's weights start small, so that the first choices follow its bias. ``features`` numbers
+    per module (``Signals.state``) reach the logits through weights that start at zero: a module's
+    own through weights that all modules share, everyone's through a matrix.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class GateNetwork(nn.Module):
         groups: Mapping[tuple[int, int], list[str]],
         hidden: int,
         clamp: float = 8.0,
+        features: int = 0,
     ):
         super().__init__()
         self.encoders = nn.ModuleList(Encoder(g, s, hidden, clamp) for s, g in groups.items())
@@ -66,13 +69,24 @@ class GateNetwork(nn.Module):
         self.gate = nn.Linear(hidden * len(names), len(names))
         nn.init.normal_(self.gate.weight, std=0.1 / (hidden * len(names)) ** 0.5)
         nn.init.zeros_(self.gate.bias)
+        self.state_norm = RunningNorm(len(names), features, clamp) if features else None
+        if features:
+            self.own = nn.Parameter(torch.zeros(features))
+            self.others = nn.Parameter(torch.zeros(len(names), len(names) * features))
 
     def observe(self, signals: Signals) -> None:
         """Update the normalisers (the published code never does: design, section 3)."""
         for encoder in self.encoders:
             encoder.observe(signals)
+        if self.state_norm is not None:
+            self.state_norm.observe(signals.state.transpose(0, 1))
 
     def forward(self, signals: Signals, edits: int) -> Tensor:
         """Logits [E, L], columns in the model's order."""
         features = torch.cat([encoder(signals, edits) for encoder in self.encoders], 1)
-        return self.gate(features[:, self.order].flatten(1))
+        logits = self.gate(features[:, self.order].flatten(1))
+        if self.state_norm is None:
+            return logits
+        state = self.state_norm(signals.state.transpose(0, 1)).transpose(0, 1)  # [E, L, F]
+        state = torch.where(state.isfinite(), state, 0.0)
+        return logits + state @ self.own + state.flatten(1) @ self.others.T

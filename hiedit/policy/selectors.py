@@ -67,7 +67,12 @@ class Selector(nn.Module):
                 f"valid are 1 to {total}"
             )
         self.generator = torch.Generator().manual_seed(seed)
-        self.gate = GateNetwork(self.names, groups, config.hidden) if config.learned else None
+        told = len(config.features)
+        self.gate = (
+            GateNetwork(self.names, groups, config.hidden, features=told)
+            if config.learned
+            else None
+        )
         self._before: Tensor | None = None  # [1, L], the policy's mask for the edit before
         static = torch.zeros(total)
         for name in config.modules or ():

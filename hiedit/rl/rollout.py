@@ -6,6 +6,7 @@ deployed model and collects training passes.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -16,7 +17,7 @@ from hiedit.config import PassesConfig
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
-from hiedit.rl.features import gain_over_energy
+from hiedit.rl.features import StateFeatures, gain_over_energy
 from hiedit.types import Action, EditBatch, Shift, Shifts, Signals
 from hiedit.updaters.updater import Updater
 
@@ -58,6 +59,14 @@ class Rollout:
     ):
         self.env, self.selector, self.updater = env, selector, updater
         self.passes, self.observe = passes, observe
+        told = selector.config.features
+        self._features = StateFeatures(env, updater, told) if told else None
+
+    def told(self, signals: Signals) -> Signals:
+        """``signals`` with what the policy is told of the modules' state beside them."""
+        if self._features is None:
+            return signals
+        return dataclasses.replace(signals, state=self._features(signals))
 
     def reset(self) -> None:
         """The base model, and no earlier edit to protect."""
@@ -131,6 +140,7 @@ class Rollout:
         whether a policy that samples may.
         """
         if choice is None or self.selector.config.every_pass:
+            signals = self.told(signals)
             if self.observe:
                 self.selector.observe(signals)
             gains = None

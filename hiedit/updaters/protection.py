@@ -87,6 +87,12 @@ class Protection(nn.Module):
         finite = update.isfinite().all(-1).all(-1)[:, None, None]
         self.precision -= torch.where(finite, 0.5 * (update + update.mT), 0.0)
 
+    def collision(self, keys: Tensor) -> Tensor:
+        """[M, T]: ``1 - eps k^T P k / k^T k`` of keys [M, T, I]. ``P`` is at most ``1 / eps``,
+        where nothing protected points along ``k``: 0 there, and near 1 where much does."""
+        free = ((keys @ self.precision) * keys).sum(-1) / keys.square().sum(-1).clamp(min=1e-20)
+        return (1 - self.eps * free).clamp(0, 1)
+
     def energy(self, a: Tensor, r: Tensor, index: Sequence[int] | slice = slice(None)) -> Tensor:
         """[M]: mean squared change of the outputs on preserved prompts over their power.
 

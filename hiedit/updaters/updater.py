@@ -148,6 +148,22 @@ class Updater(nn.Module):
                 live = mask[:, columns.to(mask.device)].T[:, signals.edit] != 0
                 group.protection.absorb(keys, live)
 
+    @torch.no_grad()
+    def collision(self, signals: Signals) -> Tensor:
+        """[E, L]: how much an edit's keys point where keys are protected, in [0, 1], mean over its
+        tokens; see ``Protection.collision``. 0 for modules without protection."""
+        edits = len(signals.loss)
+        found = signals.loss.new_zeros(edits, len(self.names))
+        count = torch.bincount(signals.edit, minlength=edits).clamp(min=1)
+        for group, columns in zip(self.groups, self._columns, strict=True):
+            if group.protection is not None:
+                keys, _ = stack_group(signals, group.names)
+                per_token = group.protection.collision(keys).to(found.dtype)  # [M, T]
+                summed = per_token.new_zeros(len(per_token), edits)
+                summed = summed.index_add(1, signals.edit, per_token)
+                found[:, columns.to(found.device)] = (summed / count).T
+        return found
+
     def energy(self, shifts: Shifts, through_mask: bool = True) -> Tensor:
         """[L]: each masked shift's energy on preserved prompts, ``tr(dW C_0 dW^T)`` over the power
         of the module's outputs there; 0 where there is no shift or no protection.
