@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -232,21 +232,32 @@ def config_dir() -> Path:
 def save_editor(method: Method, directory: str | Path) -> Path:
     """Write a trained editor: ``editor.safetensors`` (policy, hypernetwork, normalisers,
     protection) and ``method.json`` (its composition and its modules)."""
-    directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {
+    names = method.rollout.updater.names
+    return write_editor(directory, method.config, names, editor_tensors(method))
+
+
+def editor_tensors(method: Method) -> dict[str, Tensor]:
+    """What a trained editor consists of, by name."""
+    return {
         f"{part}.{name}": value.contiguous()
         for part, module in _parts(method).items()
         for name, value in module.state_dict().items()
     }
+
+
+def write_editor(
+    directory: str | Path,
+    config: MethodConfig,
+    modules: Sequence[str],
+    tensors: Mapping[str, Tensor],
+) -> Path:
+    """``save_editor`` for whoever has the tensors (``editor_tensors``) and not the model."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / ".editor.safetensors.tmp"
-    save_file(tensors, temporary)
+    save_file(dict(tensors), temporary)
     temporary.replace(directory / "editor.safetensors")
-    about = {
-        "format": 1,
-        "modules": method.rollout.updater.names,
-        "method": dataclasses.asdict(method.config),
-    }
+    about = {"format": 1, "modules": list(modules), "method": dataclasses.asdict(config)}
     (directory / "method.json").write_text(json.dumps(about, indent=1) + "\n")
     return directory
 
@@ -257,18 +268,26 @@ def load_editor(backbone: Backbone, directory: str | Path, seed: int = 0) -> Met
     Raises:
         ValueError: if the directory holds none, or it was trained for other modules.
     """
-    method = _empty(backbone, read_editor(directory, backbone.names), seed)
+    config = read_editor(directory, backbone.names)
     try:
         tensors = load_file(Path(directory) / "editor.safetensors")
-        for part, module in _parts(method).items():
-            prefix = f"{part}."
-            state = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
-            if part == "selector" and method.rollout.selector.learned:  # older ones lack it
-                state.setdefault("frequency", module.frequency)
-            module.load_state_dict(state)
+        return editor_of(backbone, config, tensors, seed)
     except (SafetensorError, RuntimeError) as error:
         what = " ".join(str(error).split())
         raise ValueError(f"{directory}/editor.safetensors does not fit: {what}") from None
+
+
+def editor_of(
+    backbone: Backbone, config: MethodConfig, tensors: Mapping[str, Tensor], seed: int = 0
+) -> Method:
+    """The trained editor whose ``editor_tensors`` these are; RuntimeError if they do not fit."""
+    method = _empty(backbone, config, seed)
+    for part, module in _parts(method).items():
+        prefix = f"{part}."
+        state = {n[len(prefix) :]: t for n, t in tensors.items() if n.startswith(prefix)}
+        if part == "selector" and method.rollout.selector.learned:  # older ones lack it
+            state.setdefault("frequency", module.frequency)
+        module.load_state_dict(state)
     method.rollout.updater.reset()
     return method
 

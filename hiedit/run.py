@@ -68,16 +68,22 @@ def run(
     ``task`` does one method in place of ``run_task``, in this process.
 
     On Ray the methods are trained one after the other, each by all workers, and then evaluated,
-    ``jobs`` at a time.
+    ``jobs`` at a time; where a worker is a group of ranks, by the first group, see
+    ``hiedit.distributed.grouped``.
 
     Raises:
         ValueError: on a user's mistake, before any expensive work.
         Interrupted: after SIGINT or SIGTERM; no process stays.
     """
     start = time.perf_counter()
+    if config.distribution.grouped and task is None and not editor:
+        from hiedit.distributed.grouped import run_grouped
+
+        return run_grouped(config, methods)
     methods = [None] if editor else list(methods) or [config.method]
     out = Path(config.run_dir)
-    rays = [m for m in methods if m and config.distribution.kind == "ray" and _learns(config, m)]
+    on_ray = config.distribution.kind == "ray" and task is None
+    rays = [m for m in methods if m and on_ray and learns(config, m)]
     if rays:
         from hiedit.distributed import require_ray
 
@@ -103,7 +109,7 @@ def run(
                     tracker.metrics(message.edit, message.values, method=message.method)
 
             trained = train_on_ray(config, rays, receive) if rays else {}
-            tasks = [(config, m, _editor(config, m) if m in rays else editor) for m in methods]
+            tasks = [(config, m, editor_place(config, m) if m in rays else editor) for m in methods]
             done = run_jobs(task or run_task, tasks, jobs, receive)
         results, histories = _joined(done, trained)
         paths = _save(out, config, results, histories)
@@ -172,7 +178,7 @@ def _train_one(
         return trainer
 
     def on_version(steps: list[TrainStep]) -> None:
-        send(_of_version(name, steps, trainer.status()))
+        send(of_version(name, steps, trainer.status()))
 
     hooks = hooks_of(config, name, send, lambda: trainer.status())
     checkpoints = checkpoints_of(config, method)
@@ -195,17 +201,17 @@ def hooks_of(
                 note += f", {key} {value:.3g}"
         send(Update(name, "train", step.edit, total, note))
         if status is None:
-            send(_of_version(name, [step], {}))
+            send(of_version(name, [step], {}))
 
     return Hooks(
         train=on_train,
         edit=lambda done, total: send(Update(name, "edit", done, total)),
         stage=lambda stage: send(Update(name, stage)),
-        trained=lambda parts: save_editor(parts, _editor(config, name)),
+        trained=lambda parts: save_editor(parts, editor_place(config, name)),
     )
 
 
-def _of_version(name: str, steps: list[TrainStep], status: dict[str, float]) -> Metrics:
+def of_version(name: str, steps: list[TrainStep], status: dict[str, float]) -> Metrics:
     """The means over ``steps``, those that are numbers, and where the training stands."""
     values = dict(status)
     for key in TRAIN_METRICS:
@@ -214,11 +220,11 @@ def _of_version(name: str, steps: list[TrainStep], status: dict[str, float]) -> 
     return Metrics(name, steps[-1].edit, {f"train/{key}": v for key, v in values.items()})
 
 
-def _learns(config: RunConfig, method: MethodConfig) -> bool:
+def learns(config: RunConfig, method: MethodConfig) -> bool:
     return method.objective.kind != "none" and config.train.edits > 0
 
 
-def _editor(config: RunConfig, method: MethodConfig | str) -> str:
+def editor_place(config: RunConfig, method: MethodConfig | str) -> str:
     """Where the trained editor of ``method`` is saved."""
     name = method if isinstance(method, str) else method.name
     return str(Path(config.run_dir) / "editors" / name)

@@ -84,8 +84,10 @@ class DistributionConfig:
     num_cpus, num_gpus, threads (of torch): of each worker. learner_gpus: of the learner.
     placement: how Ray spreads the workers over nodes. gradient_dtype: in which gradients travel to
     the learner, which adds them in float32; bfloat16 is half the bytes, and other bits.
-    deepspeed: of ``kind=deepspeed``, one model over several ranks: a JSON of configs/deepspeed, or
-    a path. ranks_per_worker: of one model; 0 takes as many as were started.
+    deepspeed: of a model over several ranks: a JSON of configs/deepspeed, or a path.
+    ranks_per_worker: of one model. ``kind=deepspeed``: 0 takes as many as were started. ``ray``:
+    from 2 on a worker is a group of so many processes around one sharded model; num_cpus, num_gpus
+    and threads are then of each rank, placement of the ranks of one group.
     checkpoint_every: versions, 0 for none; keep: how many of the newest stay. These two hold for
     ``local`` as well.
     """
@@ -126,6 +128,16 @@ class DistributionConfig:
                 f"distribution.workers={self.workers}: kind={self.kind} trains one trajectory; "
                 "set distribution=ray"
             )
+
+    @property
+    def grouped(self) -> bool:
+        """Whether a worker is several processes around one sharded model."""
+        return self.kind == "ray" and self.ranks_per_worker > 1
+
+    @property
+    def processes(self) -> int:
+        """Of all workers."""
+        return self.workers * (self.ranks_per_worker if self.grouped else 1)
 
 
 @dataclass(frozen=True)

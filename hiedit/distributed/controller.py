@@ -91,6 +91,11 @@ class Controller:
         self._resumed = set()  # workers that begin from a state that they did not make themselves
         self._stop = StopSignals()
 
+    def status(self) -> dict[str, float]:
+        """What changes while it runs, for the display and the tracker."""
+        keys = ("rate", "workers", "version", "staleness", "stale", "faults")
+        return {key: getattr(self.counts, key) for key in keys}
+
     def load(self, parts: dict[str, Any], about: dict[str, Any]) -> None:
         """Go on from a checkpoint (the learner is given its part by whoever made it)."""
         self.history = [TrainStep(**step) for step in about["history"]]
@@ -158,7 +163,9 @@ class Controller:
             self.counts.workers = self.pool.alive()
             for job in list(jobs):
                 wrong, report = None, None
-                if job.report in ready:
+                if lost := self.pool.lost(job):
+                    wrong = lost
+                elif job.report in ready:
                     report, wrong = self._read(job)
                 elif self.pool.spent(job) > self.config.timeout:
                     wrong = f"did not finish within distribution.timeout={self.config.timeout:g} s"

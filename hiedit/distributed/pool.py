@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -23,7 +24,8 @@ class Job:
     """A segment that a worker was given.
 
     report, contribution, state: references to what ``RolloutWorker.segment`` returns. version:
-    the number it began with. begun: clock. attempt: 1 unless it is being redone.
+    the number it began with. begun: clock. attempt: 1 unless it is being redone. others: what the
+    other ranks of the worker return, by rank, if it has any.
     """
 
     index: int
@@ -33,6 +35,7 @@ class Job:
     version: int
     begun: float
     attempt: int = 1
+    others: Mapping[int, Ref] = field(default_factory=dict)
 
 
 class WorkerPool:
@@ -83,6 +86,10 @@ class WorkerPool:
         """End worker ``index``, in whatever state it is, and begin to load another."""
         ray.kill(self.handles[index], no_restart=True)
         self._load(index)
+
+    def lost(self, job: Job) -> str | None:
+        """What went wrong in a rank of ``job`` other than the one that reports."""
+        return None
 
     def alive(self) -> int:
         """How many have their replica loaded."""

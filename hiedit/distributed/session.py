@@ -46,7 +46,7 @@ def session(config: DistributionConfig) -> Iterator[None]:
     else:
         ray.init(
             "local",
-            num_cpus=math.ceil(config.workers * config.num_cpus),
+            num_cpus=math.ceil(config.processes * config.num_cpus),
             include_dashboard=False,
             **quiet,
         )
@@ -67,10 +67,11 @@ def _check(config: DistributionConfig) -> None:
 
     has = ray.cluster_resources()
     for resource, key in (("CPU", "num_cpus"), ("GPU", "num_gpus")):
-        wanted = config.workers * getattr(config, key)
+        wanted = config.processes * getattr(config, key)
         wanted += config.learner_gpus if resource == "GPU" else 0
         if wanted > has.get(resource, 0.0):
+            ranks = f" of {config.ranks_per_worker} ranks" if config.grouped else ""
             raise ValueError(
-                f"distribution.workers={config.workers} with {key}={getattr(config, key)} each "
-                f"need {wanted:g} {resource}: the cluster has {has.get(resource, 0.0):g}"
+                f"distribution.workers={config.workers}{ranks} with {key}={getattr(config, key)} "
+                f"each need {wanted:g} {resource}: the cluster has {has.get(resource, 0.0):g}"
             )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
-from hiedit.config import TrainConfig
+from hiedit.config import MethodConfig, TrainConfig
 from hiedit.distributed import require_ray
 from hiedit.distributed.session import session
 from hiedit.methods import Method
@@ -23,6 +25,62 @@ def share(config: TrainConfig, workers: int, index: int) -> TrainConfig:
     """``config`` with the part of the edits that worker ``index`` runs."""
     edits = config.edits // workers + (index < config.edits % workers)
     return dataclasses.replace(config, edits=edits)
+
+
+def setups_of(
+    model: ModelConfig,
+    method: MethodConfig,
+    config: DistributionConfig,
+    train: TrainConfig,
+    seed: int,
+    names: list[str],
+    groups: Mapping[tuple[int, int], list[str]],
+) -> list:
+    """What each worker is made from (``Setup``), with its share of the edits and a seed."""
+    from hiedit.distributed.learner import Setup
+
+    return [
+        Setup(
+            model,
+            method,
+            share(train, config.workers, i),
+            names,
+            groups,
+            seed + i * SEED_STEP,
+            config.threads,
+            config.gradient_dtype,
+        )
+        for i in range(config.workers)
+    ]
+
+
+@contextlib.contextmanager
+def learner_actor(config: DistributionConfig, setup, train: TrainConfig, parts) -> Iterator[Any]:
+    """A learner for all workers, ended on leaving; ``parts`` refers to what it begins with."""
+    import ray
+
+    from hiedit.distributed.learner import LearnerActor
+
+    make = ray.remote(num_cpus=0, num_gpus=config.learner_gpus)(LearnerActor)
+    device = "cuda" if config.learner_gpus else "cpu"
+    learner = make.remote(dataclasses.replace(setup, train=train), parts, device)
+    try:
+        yield learner
+    finally:
+        ray.kill(learner, no_restart=True)
+
+
+def train_with(controller, learner, found, max_seconds: float):
+    """Run ``controller`` to its end, from the checkpoint ``found`` if there is one; returns the
+    last version, packed."""
+    import ray
+
+    from hiedit.distributed.transport import pack_snapshot
+
+    if found is not None:
+        ray.get(learner.load.remote(pack_snapshot(found[0][LEARNER])))
+        controller.load(*found)
+    return controller.run(max_seconds)
 
 
 class RayTrainer:
@@ -52,11 +110,7 @@ class RayTrainer:
 
     def status(self) -> dict[str, float]:
         """What changes while it runs, for the display and the tracker."""
-        if self.controller is None:
-            return {}
-        counts = self.controller.counts
-        keys = ("rate", "workers", "version", "staleness", "stale", "faults")
-        return {key: getattr(counts, key) for key in keys}
+        return self.controller.status() if self.controller else {}
 
     def run(
         self,
@@ -86,9 +140,8 @@ class RayTrainer:
         import ray
 
         from hiedit.distributed.controller import Controller
-        from hiedit.distributed.learner import LearnerActor
         from hiedit.distributed.pool import WorkerPool
-        from hiedit.distributed.transport import pack_snapshot, unpack
+        from hiedit.distributed.transport import unpack
         from hiedit.distributed.worker import RolloutWorker
 
         found = checkpoints.load() if checkpoints is not None else None
@@ -96,48 +149,27 @@ class RayTrainer:
         if found is not None:
             load_learned_state(self._modules(), without_moments(found[0][LEARNER]))
         parts = ray.put(self.parts())
-        make = ray.remote(num_cpus=0, num_gpus=self.config.learner_gpus)(LearnerActor)
-        whole = dataclasses.replace(setups[0], train=config)
-        device = "cuda" if self.config.learner_gpus else "cpu"
-        learner = make.remote(whole, parts, device)
-        worker = self.worker or RolloutWorker
-        pool = WorkerPool(self.config, setups, parts, ray.put(requests), worker)
-        try:
-            pool.start()
-            self.controller = Controller(
-                self.config, pool, learner, on_step, checkpoints, self.on_version
-            )
-            if found is not None:
-                ray.get(learner.load.remote(pack_snapshot(found[0][LEARNER])))
-                self.controller.load(*found)
-            return unpack(self.controller.run(config.max_seconds))
-        finally:
-            pool.stop()
-            ray.kill(learner, no_restart=True)
+        with learner_actor(self.config, setups[0], config, parts) as learner:
+            worker = self.worker or RolloutWorker
+            pool = WorkerPool(self.config, setups, parts, ray.put(requests), worker)
+            try:
+                pool.start()
+                self.controller = Controller(
+                    self.config, pool, learner, on_step, checkpoints, self.on_version
+                )
+                return unpack(train_with(self.controller, learner, found, config.max_seconds))
+            finally:
+                pool.stop()
 
     def setups(self, config: TrainConfig, seed: int):
         """What each worker is made from; the first one has the run's own seed."""
-        from hiedit.distributed.learner import Setup
-
         backbone = self.method.rollout.env.backbone
         names, groups = backbone.names, backbone.shape_groups()
         device = self.model.device
         if device == "auto":
             device = "cuda" if self.config.num_gpus else "cpu"
         model = dataclasses.replace(self.model, modules=names, device=device)
-        return [
-            Setup(
-                model,
-                self.method.config,
-                share(config, self.config.workers, i),
-                names,
-                groups,
-                seed + i * SEED_STEP,
-                self.config.threads,
-                self.config.gradient_dtype,
-            )
-            for i in range(self.config.workers)
-        ]
+        return setups_of(model, self.method.config, self.config, config, seed, names, groups)
 
     def _modules(self):
         rollout = self.method.rollout
