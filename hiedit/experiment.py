@@ -25,6 +25,7 @@ from hiedit.data.stream import EditStream, StreamConfig, splits
 from hiedit.evaluation.lifelong import StreamProbe, run_stream, with_training
 from hiedit.evaluation.metrics import SILENCE, generate
 from hiedit.evaluation.results import MethodResult
+from hiedit.hub import check_hub
 from hiedit.methods import Method, build_method, record_choices
 from hiedit.rl.checkpoint import Checkpoints
 from hiedit.rl.training import TrainStep
@@ -105,6 +106,7 @@ def check_modules(config: ModelConfig) -> list[str]:
     from hiedit.backbone.modules import resolve_modules
 
     path = model_path(config.path)
+    check_hub(path)
     try:
         architecture = AutoConfig.from_pretrained(path, trust_remote_code=config.trust_remote_code)
     except (OSError, ValueError) as error:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -130,7 +131,7 @@ def twenty_edits(ranks, sharded, local, scratch: Path) -> dict:
     after = gathered(sharded)
     whole = parts.rollout.env.state.accumulated()
     growth = parts.rollout.env.state.growth()
-    save_sharded(scratch / "merged", sharded, max_shard_bytes=3 << 20)  # > one embedding
+    save_sharded(scratch / "merged", sharded, max_shard_bytes=2 << 20)
     export_sharded_adapter(scratch / "adapter", sharded, committed)
     with parts.rollout.env.state.base_weights():
         inside = gathered(sharded)
@@ -174,6 +175,7 @@ def written(scratch: Path, after: dict, before: dict) -> dict:
     return {
         "files": len(parts),
         "largest": max(p.stat().st_size for p in parts[:-1]),
+        "tensor": max(t.numel() * t.element_size() for t in after.values()) + 200,  # header
         "merged": same({n: p.detach() for n, p in loaded.named_parameters()}, after),
         "adapter": distance,
     }
@@ -308,7 +310,7 @@ def main(out: Path, scratch: Path) -> None:
     config = ModelConfig(modules=MODULES, **CPU)
     sharded = load_sharded(config, ranks)
     local = unsharded(config) if ranks.main else None
-    found = {"world": ranks.world}
+    found, clock = {"world": ranks.world, "seconds": {}}, time.perf_counter
     for name, check in (
         ("equality", lambda: equality(ranks, sharded, local)),
         ("twenty_edits", lambda: twenty_edits(ranks, sharded, local, scratch)),
@@ -317,10 +319,12 @@ def main(out: Path, scratch: Path) -> None:
         ("resume", lambda: resume(ranks, sharded, scratch)),
         ("traffic", lambda: traffic(ranks, sharded)),
     ):
+        began = clock()
         found[name] = check()
         ranks.barrier()
+        found["seconds"][name] = round(clock() - began, 1)
         if ranks.main:
-            print(name, json.dumps(found[name]), flush=True)
+            print(name, found["seconds"][name], json.dumps(found[name]), flush=True)
     if ranks.main:
         found["saved"] = found["twenty_edits"].pop("saved")
         out.write_text(json.dumps(found))

@@ -78,7 +78,7 @@ def test_weights_that_no_number_of_ranks_divides(checks, name):
 
 def test_saved_and_exported(checks):
     found = checks["saved"]
-    assert found["files"] > 2 and found["largest"] <= 3 << 20
+    assert found["files"] > 2 and found["largest"] <= max(2 << 20, found["tensor"])
     assert found["merged"]
     assert found["adapter"] < 1e-5
 

@@ -49,11 +49,11 @@ def run_grouped(
 
 
 class GroupedJob:
-    """One method from start to end; the groups are kept for the next one. counts: of the last
-    training, see ``Controller``."""
+    """One method from start to end; the groups are kept for the next one. counts, history: of the
+    last training, see ``Controller``."""
 
     def __init__(self, worker: type | None = None):
-        self.worker, self.counts = worker, None
+        self.worker, self.counts, self.history = worker, None, []
         self._pool, self._open = None, contextlib.ExitStack()
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class GroupedJob:
                 checkpoints,
                 lambda steps: send(of_version(name, steps, controller.status())),
             )
-            self.counts = controller.counts
+            self.counts, self.history = controller.counts, controller.history
             hooks.stage("train")
             version = ray.put(train_with(controller, learner, found, config.train.max_seconds))
         editor = pool.finish(method, parts, version, requests)

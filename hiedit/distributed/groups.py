@@ -97,15 +97,15 @@ class GroupPool(WorkerPool):
             WorkerDied: if the group lost a rank more often than ``retries`` allows.
         """
         board = ray.remote(num_cpus=0)(Board).remote()
-        said = board.read.remote()
+        said, told = board.read.remote(), (0, 0)
 
         def look() -> None:
-            nonlocal said
+            nonlocal said, told
             if ray.wait([said], timeout=0)[0]:
-                done, total = ray.get(said)
-                if total:
-                    tell(done, total)
-                said = board.read.remote()
+                found = ray.get(said)
+                if found != told:
+                    tell(*found)
+                said, told = board.read.remote(), found
 
         what = f"{method.name}: editing the stream"
         try:

@@ -55,4 +55,4 @@ def replica(
         "MASTER_ADDR": place.address,
         "MASTER_PORT": place.port,
     }
-    return load_sharded(model, join(timeout, place.world, variables), deepspeed)
+    return load_sharded(model, join(timeout, place.world, variables), deepspeed, show=False)

@@ -50,9 +50,10 @@ class ShardedBackbone(Backbone):
 
 
 def load_sharded(
-    config: ModelConfig, ranks: Ranks, deepspeed_config: str = "zero3"
+    config: ModelConfig, ranks: Ranks, deepspeed_config: str = "zero3", show: bool = True
 ) -> ShardedBackbone:
-    """The model of ``config`` over ``ranks``; every rank has to call it.
+    """The model of ``config`` over ``ranks``; every rank has to call it. show: rank 0 shows
+    progress.
 
     Raises:
         ValueError: if the path holds no model in safetensors, a tensor is missing or has another
@@ -79,7 +80,7 @@ def load_sharded(
     model = build(architecture, dtype, values, trust)
     engine = engine_of(model, values)
     restore_buffers(engine.module, architecture, dtype, trust, ranks.device)
-    count = read_shards(engine.module, directory, ranks)
+    count = read_shards(engine.module, directory, show and ranks.main)
     return ShardedBackbone(engine, tokenizer, config.modules, ranks, count)
 
 
@@ -178,7 +179,7 @@ def files(directory: Path) -> dict[str, Path]:
 
 
 @torch.no_grad()
-def read_shards(model: nn.Module, directory: Path, ranks: Ranks) -> int:
+def read_shards(model: nn.Module, directory: Path, show: bool) -> int:
     """Fill this rank's part of every parameter, and every buffer that the checkpoint holds; returns
     the bytes that were read."""
     from safetensors import SafetensorError, safe_open
@@ -204,7 +205,7 @@ def read_shards(model: nn.Module, directory: Path, ranks: Ranks) -> int:
             except SafetensorError as error:
                 raise ValueError(f"{path} is damaged: {error}") from None
             done += len(names)
-            if ranks.main:
+            if show:
                 progress.show(Update("load", "tensors", done, len(wanted)))
     return count
 

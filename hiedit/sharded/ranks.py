@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hiedit.sharded import require_deepspeed
+from hiedit.sharded.building import check_builds, find_ninja
 
 VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -153,7 +154,8 @@ def join(
 
     Raises:
         ImportError: if DeepSpeed is missing, with the command that installs it.
-        ValueError: if this process was not started as a rank, or their number is not ``expected``.
+        ValueError: if this process was not started as a rank, their number is not ``expected``, or
+            a build that was killed left a lock that DeepSpeed would wait for.
     """
     require_deepspeed()
     os.environ.update({name: str(value) for name, value in (place or {}).items()})
@@ -168,6 +170,7 @@ def join(
     cuda = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if not cuda:
         os.environ["DS_ACCELERATOR"] = "cpu"
+    find_ninja()
     import deepspeed
     import torch.distributed as dist
 
@@ -175,6 +178,7 @@ def join(
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
     quiet(deepspeed)
     if not dist.is_initialized():
+        check_builds()
         with lost():
             deepspeed.init_distributed(
                 "nccl" if cuda else "gloo", timeout=datetime.timedelta(seconds=timeout)
@@ -202,7 +206,10 @@ def check_world(world: int, expected: int, workers: int = 1) -> None:
 def quiet(deepspeed) -> None:
     """DeepSpeed tells every rank's every step; what goes wrong is still told."""
     import logging
+    import warnings
 
+    # Of torch 2.13, about a name that DeepSpeed 0.19 and the oldest torch supported here use.
+    warnings.filterwarnings("ignore", message=r".*all_gather_into_tensor. is deprecated")
     deepspeed.utils.logger.setLevel(logging.WARNING)
 
 

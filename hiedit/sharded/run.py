@@ -17,7 +17,7 @@ import torch
 from hiedit.config import MethodConfig
 from hiedit.evaluation.lifelong import StreamProbe
 from hiedit.evaluation.results import MethodResult
-from hiedit.experiment import Hooks, load_data, run_method
+from hiedit.experiment import load_data, run_method
 from hiedit.methods import load_editor
 from hiedit.progress import Update
 from hiedit.rl.training import TrainStep
@@ -72,8 +72,8 @@ class _Job:
         backbone, data, probe = self._prepared(config)
 
         hooks = hooks_of(config, name, send)
-        if not ranks.main:  # one of them writes the editor
-            hooks = dataclasses.replace(hooks, trained=Hooks().trained)
+        if not ranks.main:
+            hooks = dataclasses.replace(hooks, trained=lambda parts: None)
         ready = load_editor(backbone, editor, config.seed) if editor else None
         checkpoints = None
         if method and config.distribution.checkpoint_every:
