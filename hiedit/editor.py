@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from hiedit.ledger.ledger import Ledger
 from hiedit.ledger.offline import active_rows
 from hiedit.ledger.reader import Reader
 from hiedit.ledger.records import Entry, Record
+from hiedit.ledger.state import DeltaState
 from hiedit.ledger.verify import Verification
 from hiedit.methods import Method, build_method, configured_model, load_editor, load_method
 from hiedit.remember import Memory
@@ -46,13 +47,18 @@ class Editor:
     """
 
     def __init__(
-        self, method: Method, ledger: str | Path, guard: Guard | None = None, watched=NEUTRAL
+        self,
+        method: Method,
+        ledger: str | Path,
+        guard: Guard | None = None,
+        watched=NEUTRAL,
+        open_ledger: Callable[[str | Path, DeltaState], Any] = Ledger,
     ):
         self.guard, self.watched = guard or Guard(), tuple(watched)[:WATCHED]
         self._method, self._rollout = method, method.rollout
         self._env = method.rollout.env
         self._committed = False
-        self.ledger = Ledger(ledger, self._env.state)
+        self.ledger = open_ledger(ledger, self._env.state)
         try:
             self._env.rewritten()
             self._memory = Memory(method, self.ledger)
@@ -76,6 +82,8 @@ class Editor:
         device: str = "auto",
         trust_remote_code: bool = False,
         seed: int = 0,
+        loader: Callable[[ModelConfig], Backbone] = load_backbone,
+        open_ledger: Callable[[str | Path, DeltaState], Any] = Ledger,
     ) -> Editor:
         """Open (or begin) a ledger on a base model and replay its edits.
 
@@ -91,6 +99,8 @@ class Editor:
             dtype: of the weights; ``auto``: that of ``configs/model``, else the checkpoint's.
             preserve: (prompt, answer) pairs of knowledge to protect and to watch; None: facts of
                 the world for ``world``, else everyday sentences.
+            loader, open_ledger: load a model by name and open its ledger in another way, as over
+                several ranks.
 
         Raises:
             ValueError: for a path without a model, an unknown module or method, a method that has
@@ -111,7 +121,7 @@ class Editor:
             source = ModelConfig(
                 Path(model).name, str(model), chosen, dtype, device, trust_remote_code
             )
-            backbone = load_backbone(source)
+            backbone = loader(source)
             if tokenizer is not None:
                 backbone.tokenizer = tokenizer
         else:
@@ -128,7 +138,7 @@ class Editor:
                 )
         else:
             parts = build_method(backbone, config, (), preserve, seed)
-        return cls(parts, ledger, guard, preserve)
+        return cls(parts, ledger, guard, preserve, open_ledger)
 
     @property
     def model(self) -> nn.Module:

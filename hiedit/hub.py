@@ -17,7 +17,7 @@ def check_hub(path: str) -> None:
     asking again.
 
     Raises:
-        ValueError: where ``path`` is no directory and not in the cache, and the hub does not answer.
+        ValueError: where ``path`` is no directory, not in the cache, and the hub is silent.
     """
     from huggingface_hub import constants, try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import sys
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -62,6 +63,16 @@ def edit(
     ] = False,
     device: DeviceOption = "auto",
     dtype: DtypeOption = "auto",
+    deepspeed: Annotated[
+        str | None,
+        typer.Option(
+            help="this process is a rank of a launcher (launch/edit_sharded.py): zero3, "
+            "zero3-offload or a JSON"
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(help="with --deepspeed: seconds until a silent rank counts as lost")
+    ] = 600.0,
     trust_remote_code: TrustOption = False,
 ) -> None:
     """Apply edit requests to a model; every edit is on disk before it is acknowledged.
@@ -75,6 +86,8 @@ def edit(
     A pipe: `produce | hiedit edit --model world --input - | consume`. Each line is acknowledged
     by a line of JSON with line, status (committed, skipped, rejected, predicted, invalid), id,
     success, kl, layers, passes, reasons and conflicts, as soon as its edit is on disk.
+
+    A model larger than one device: launch/edit_sharded.py, with the same options.
 
     Exit status: 0; 1 if a row was rejected or malformed (the others are applied all the same; of
     a file with malformed rows nothing is applied unless --skip-bad-rows is given); 2 if the
@@ -101,15 +114,38 @@ def edit(
             f"--policy={policy}: no trained editor there (method.json); training writes them to "
             "RUN_DIR/editors/METHOD"
         )
-    check_free(ledger)
+    if deepspeed is not None:
+        _check_ranks(piped, dry_run)
+    if deepspeed is None or os.environ.get("RANK") == "0":  # one writer at a time
+        check_free(ledger)
     options = dict(
         method=method, modules=modules, policy=policy, guard=guard, dtype=dtype, device=device,
         trust_remote_code=trust_remote_code,
     )  # fmt: skip
     report = Report(ledger, as_json or piped, skip_bad_rows)
-    with _place(ledger, dry_run) as place:
-        _apply(model, place, options, rows, report, dry_run)
+    if deepspeed is not None:
+        from hiedit.sharded.editing import ShardedEditor, editing_ranks
+
+        with editing_ranks(timeout) as ranks:
+            editor = ShardedEditor.over(ranks, model, deepspeed, ledger=ledger, **options)
+            _apply(editor, rows, report)
+    else:
+        from hiedit.editor import Editor
+
+        with _place(ledger, dry_run) as place:
+            editor = Editor.from_pretrained(model, ledger=place, **options)
+            _apply(editor, rows, report, dry_run)
     raise typer.Exit(report.status)
+
+
+def _check_ranks(piped: bool, dry_run: bool) -> None:
+    from hiedit.sharded import require_deepspeed
+
+    require_deepspeed()
+    if piped:
+        raise ValueError("--input - with --deepspeed: every rank reads the requests; give a file")
+    if dry_run:
+        raise ValueError("--dry-run with --deepspeed: not over several ranks; leave one out")
 
 
 @contextlib.contextmanager
@@ -122,11 +158,9 @@ def _place(ledger: Path, dry_run: bool) -> Iterator[Path]:
         yield Path(directory) / "ledger"
 
 
-def _apply(model: str, place: Path, options: dict, rows: Iterable, report, dry_run: bool) -> None:
-    from hiedit.editor import Editor
-
+def _apply(editor, rows: Iterable, report, dry_run: bool = False) -> None:
     total = len(rows) if isinstance(rows, list) else None
-    with Editor.from_pretrained(model, ledger=place, **options) as editor:
+    with editor:
         try:
             with contextlib.nullcontext() if report.as_json else Progress() as progress:
                 for done, row in enumerate(rows, 1):

@@ -43,11 +43,13 @@ class ModuleInfo:
         return self.rows * self.columns
 
 
-def describe(modules: Mapping[str, EditableModule], stored: Sequence[ModuleInfo] | None = None):
+def describe(
+    modules: Mapping[str, EditableModule | ModuleInfo], stored: Sequence[ModuleInfo] | None = None
+):
     """ModuleInfo of every module, in order; the bytes are hashed on as many threads as torch has.
 
     Args:
-        modules: with the weights of the base model.
+        modules: with the weights of the base model, or what was found of them already.
         stored: what they should be; None for a new ledger.
 
     Raises:
@@ -71,11 +73,15 @@ def describe(modules: Mapping[str, EditableModule], stored: Sequence[ModuleInfo]
     return found
 
 
-def _hash(module: EditableModule) -> str:
+def _hash(module: EditableModule | ModuleInfo) -> str:
+    if isinstance(module, ModuleInfo):
+        return module.sha256
     return hashlib.sha256(raw(module.weight)).hexdigest()  # releases the interpreter's lock
 
 
-def _shape(name: str, module: EditableModule) -> tuple:
+def _shape(name: str, module: EditableModule | ModuleInfo) -> tuple:
+    if isinstance(module, ModuleInfo):
+        return name, module.rows, module.columns, module.conv1d, module.dtype
     rows, columns = module.weight.shape
     return name, rows, columns, module.conv1d, str(module.weight.dtype).removeprefix("torch.")
 

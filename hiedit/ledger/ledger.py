@@ -23,6 +23,7 @@ from torch import Tensor
 from hiedit.ledger import snapshots
 from hiedit.ledger.compact import Compaction, compact
 from hiedit.ledger.errors import LedgerError, listed
+from hiedit.ledger.fingerprint import ModuleInfo
 from hiedit.ledger.reader import Attachment, Reader
 from hiedit.ledger.records import ACTIVE, DROPPED, REVERTED, Entry, Event, Record
 from hiedit.ledger.state import DeltaState
@@ -43,6 +44,7 @@ class Ledger:
     Args:
         directory: of the ledger; made if it is not there.
         state: of the base model, nothing committed to it yet.
+        described: what is known of its modules, where their weights are not whole in this process.
 
     Raises:
         LedgerLocked: if another process writes to it, naming it.
@@ -52,7 +54,12 @@ class Ledger:
         ValueError: for another base model, naming the module that differs.
     """
 
-    def __init__(self, directory: str | Path, state: DeltaState):
+    def __init__(
+        self,
+        directory: str | Path,
+        state: DeltaState,
+        described: Mapping[str, ModuleInfo] | None = None,
+    ):
         if state.edits:
             raise ValueError(
                 f"the model has {state.edits} edits already: open a ledger on the base model"
@@ -61,7 +68,7 @@ class Ledger:
         self.state = state
         self._turn = threading.RLock()
         self._unusable = ""
-        self._store = Store(self.directory, state.modules)
+        self._store = Store(self.directory, described or state.modules)
         try:
             try:
                 self._replay()
@@ -97,7 +104,7 @@ class Ledger:
             baked = self._store.bake(entries)
             if not entries:
                 return []
-            ids = self._store.append(entries, baked)
+            ids = self._store_edits(entries, baked)
             names = {name for shifts in baked for name in shifts}
             with self._applying(ids, lambda: self._take_back(ids, names)):
                 for shifts in baked:
@@ -214,6 +221,9 @@ class Ledger:
 
     def __exit__(self, *_: Any) -> None:
         self.close()
+
+    def _store_edits(self, entries: list[Entry], shifts: list[dict[str, Shift]]) -> list[int]:
+        return self._store.append(entries, shifts)
 
     def _set(self, what: str, ids: Iterable[int], old: str, new: str) -> list[int]:
         with self._operation():
