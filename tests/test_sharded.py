@@ -14,9 +14,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import FRANCE, call, mistake, write
 
 from hiedit.compose import compose
 from hiedit.sharded import REMEDY, require_deepspeed
+from hiedit.sharded.building import check_builds
 from hiedit.sharded.group import Place, meeting_place
 from hiedit.sharded.modules import span
 from hiedit.sharded.ranks import check_world, join
@@ -100,8 +102,18 @@ def test_every_rank_reads_only_its_part(checks):
     assert found["read"] <= found["part"] * 1.1  # bytes
 
 
+def test_hiedit_edit_over_ranks_writes_the_ledger_of_one_process(checks):
+    """Two edits by the command, the ledger opened again over the ranks for two more."""
+    found = checks["edit_command"]
+    assert found["status"] == 0 and found["told"] == ["skipped", "committed", "committed"]
+    assert found["ids"] == [1, 2, 2, 3, 4] and found["history"] == ["active"] * 4
+    assert found["factors"] and found["segments"] == 4 and found["weights"] and found["verified"]
+
+
 def test_train_sharded_end_to_end(tmp_path):
+    modules = "[model.layers.3.mlp.gate_proj,model.layers.4.mlp.gate_proj]"
     settings_ = ["model=world", "method=hiedit", "stream.length=2", "train.edits=2",
+                 f"model.modules={modules}", "method.selector.k=1", "evaluate.examples=0",
                  "method.selector.effect_edits=2", "method.updater.preserve=40",
                  "method.updater.rank=8", "method.passes.max=2", "evaluate.points=1",
                  "evaluate.batch=32", "tracking.mode=off",
@@ -192,6 +204,32 @@ def test_without_deepspeed(monkeypatch):
     with pytest.raises(ImportError, match=r"pip install 'hiedit\[deepspeed\]'"):
         require_deepspeed()
     assert "distribution=local" in REMEDY
+
+
+def test_a_lock_that_a_killed_build_left_is_named(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    lock = tmp_path / "shm" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    check_builds(["shm", "other"])  # of this moment: somebody may be building
+    os.utime(lock, (0, 0))
+    check_builds(["other"])
+    with pytest.raises(ValueError, match=f"{lock} was left .* minutes ago .*delete the file"):
+        check_builds(["shm"])
+    builder = subprocess.Popen(["sleep", "60"], cwd=lock.parent)
+    try:
+        check_builds(["shm"])
+    finally:
+        builder.kill()
+        builder.wait()
+
+
+def test_edits_over_ranks_that_cannot_be(tmp_path):
+    rows = write(tmp_path / "edits.jsonl", FRANCE)
+    given = ["edit", "--model", "world", "--ledger", tmp_path / "ledger", "--deepspeed", "zero3"]
+    mistake(call(*given, "--input", "-", input=""), "--input - with --deepspeed")
+    mistake(call(*given, "--input", rows, "--dry-run"), "--dry-run with --deepspeed")
+    assert not (tmp_path / "ledger").exists()
 
 
 def test_a_mistake_costs_no_launch(tmp_path):
