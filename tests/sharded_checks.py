@@ -41,6 +41,7 @@ from hiedit.types import EditBatch, EditRequest, Shift  # noqa: E402
 from hiedit.world import world_requests, world_stream  # noqa: E402
 from hiedit.world.preserve import preservation_pairs  # noqa: E402
 from launch.edit_sharded import main as edit_sharded  # noqa: E402
+from launch.train_sharded import main as train_sharded  # noqa: E402
 from tests.worlds import MODULES, quick  # noqa: E402
 
 CPU = {"dtype": "float32", "device": "cpu"}
@@ -109,7 +110,7 @@ def equality(ranks, sharded, local) -> dict:
         learner = Learner(parts.rollout.selector, parts.rollout.updater, 1.0, 1)
         steps = [
             one_training_edit(parts, objective, learner, EditBatch((r,), i))
-            for i, r in enumerate(requests[:3])
+            for i, r in enumerate(requests[:2])
         ]
         recorded.append(steps)
         parts.rollout.reset()
@@ -249,7 +250,7 @@ def resume(ranks, sharded, scratch: Path) -> dict:
     requests = world_requests("train", seed=0)[:12]
     pairs, _ = preservation_pairs(seed=0)
     method = quick("hiedit")
-    train = TrainConfig(edits=4, stream_lengths=[3], steps_per_update=1)
+    train = TrainConfig(edits=2, stream_lengths=[2], steps_per_update=1)
 
     def run(config, checkpoints=None):
         parts = build_method(sharded, method, requests, pairs, seed=0)
@@ -258,14 +259,14 @@ def resume(ranks, sharded, scratch: Path) -> dict:
         return trainer.learner.published(), len(history)
 
     def checkpoints(resume: bool):
-        plain = Checkpoints(scratch / "checkpoints", every=2, keep=9, identity={}, resume=resume)
+        plain = Checkpoints(scratch / "checkpoints", every=1, keep=9, identity={}, resume=resume)
         return SharedCheckpoints.of(plain, ranks)
 
     straight, _ = run(train, checkpoints(False))
-    if ranks.main:  # as if the run had died after two edits
+    if ranks.main:  # as if the run had died after one edit
         import shutil
 
-        shutil.rmtree(scratch / "checkpoints" / "edits-00000004")
+        shutil.rmtree(scratch / "checkpoints" / "edits-00000002")
     ranks.barrier()
     resumed, edits = run(train, checkpoints(True))
     return {"same": same(straight, resumed), "edits": edits, "tensors": len(straight)}
@@ -305,6 +306,25 @@ def traffic(ranks, sharded) -> dict:
         "sent": sent,
         "least": least(sharded, **{f"{k}s": v for k, v in calls.items()}),
         **calls,
+    }
+
+
+def trained(ranks, scratch: Path) -> dict:
+    """A run from its configuration to the table, by the program that the launcher starts."""
+    modules = "[model.layers.3.mlp.gate_proj,model.layers.4.mlp.gate_proj]"
+    status = train_sharded(
+        ["model=world", "method=hiedit", "stream.length=2", "train.edits=2",
+         f"model.modules={modules}", "method.selector.k=1", "evaluate.examples=0",
+         "method.selector.effect_edits=2", "method.updater.preserve=40",
+         "method.updater.rank=8", "method.passes.max=2", "evaluate.points=1",
+         "evaluate.batch=32", "tracking.mode=off", f"run_dir={scratch / 'run'}"]
+    )  # fmt: skip
+    rows = json.loads((scratch / "run" / "results.json").read_text()) if ranks.main else []
+    editor = scratch / "run" / "editors" / "hiedit"
+    return {
+        "status": status,
+        "rows": rows["results"] if isinstance(rows, dict) else rows,
+        "editor": sorted(p.name for p in editor.iterdir()) if ranks.main else [],
     }
 
 
@@ -371,6 +391,7 @@ def main(out: Path, scratch: Path, *only: str) -> None:
         ("loading", lambda: loading(ranks, sharded)),
         ("resume", lambda: resume(ranks, sharded, scratch)),
         ("traffic", lambda: traffic(ranks, sharded)),
+        ("trained", lambda: trained(ranks, scratch)),
         ("edit_command", lambda: edit_command(ranks, scratch)),
     ):
         if only and name not in only:
