@@ -1,21 +1,22 @@
 """Training on Ray with workers of two ranks each: real actors around one sharded model.
 
 One run trains, loses a rank half-way, edits and measures; a second one trains undisturbed on the
-groups that the first left. What both are compared with is training in one process.
+group that the first left, and a third goes on from a checkpoint of the second. The first is also
+compared with training in one process.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import signal
 from pathlib import Path
 
 import pytest
-import torch
 from rays import timeless
 from safetensors.torch import load_file
-from worlds import quick, quick_run
+from worlds import quick, quick_run, same
 
 from hiedit.config import EvaluateConfig, TrainConfig
 from hiedit.data.stream import StreamConfig
@@ -29,7 +30,7 @@ from hiedit.distributed.grouped import GroupedJob  # noqa: E402
 from hiedit.distributed.rank import RankWorker  # noqa: E402
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-PAIR = DistributionConfig("ray", ranks_per_worker=2, timeout=120.0, num_cpus=1.0)
+PAIR = DistributionConfig("ray", ranks_per_worker=2, timeout=120.0, checkpoint_every=1)
 
 
 def settings(directory: Path, **changes):
@@ -79,14 +80,19 @@ def grouped(cluster, tmp_path_factory):
         editor = load_file(out / "editors" / "hiedit" / "editor.safetensors")
         history = job.history
         again = dataclasses.replace(config, run_dir=str(out / "again"))
-        job._trained(again, method, pool.build(method), said.append)
-        undisturbed = load_file(out / "again" / "editors" / "hiedit" / "editor.safetensors")
+        built, place = pool.build(method), out / "again" / "editors" / "hiedit"
+        job._trained(again, method, built, said.append)
+        undisturbed = load_file(place / "editor.safetensors"), job.history, job.counts.faults
+        # As if that run had died after its first edit.
+        shutil.rmtree(out / "again" / "checkpoints" / "hiedit" / "edits-00000002")
+        job._trained(dataclasses.replace(again, resume=True), method, built, said.append)
         return {
             "result": result,
             "died": not order.exists(),
-            "faults": [faults, job.counts.faults],
-            "editors": [editor, undisturbed],
-            "histories": [history, job.history],
+            "faults": [faults, undisturbed[2]],
+            "editors": [editor, undisturbed[0], load_file(place / "editor.safetensors")],
+            "histories": [history, undisturbed[1], job.history],
+            "versions": job.counts.version,
         }
     finally:
         job.close()
@@ -94,10 +100,15 @@ def grouped(cluster, tmp_path_factory):
 
 def test_a_group_that_lost_a_rank_comes_out_as_one_that_did_not(grouped):
     assert grouped["died"] and grouped["faults"] == [1, 0]
-    one, other = map(timeless, grouped["histories"])
-    assert one == other and len(one) == 2
-    one, other = grouped["editors"]
-    assert list(one) == list(other) and all(torch.equal(one[n], other[n]) for n in one)
+    died, undisturbed, _ = map(timeless, grouped["histories"])
+    assert died == undisturbed and len(died) == 2
+    assert same(*grouped["editors"][:2])
+
+
+def test_groups_go_on_from_a_checkpoint(grouped):
+    _, undisturbed, resumed = map(timeless, grouped["histories"])
+    assert resumed == undisturbed and grouped["versions"] == 2
+    assert same(*grouped["editors"][1:])
 
 
 def test_a_group_learns_and_measures_what_one_process_does(grouped, local):
