@@ -122,9 +122,10 @@ class GroupedJob:
                 checkpoints,
                 lambda steps: send(of_version(name, steps, controller.status())),
             )
-            self.counts, self.history = controller.counts, controller.history
+            self.counts = controller.counts
             hooks.stage("train")
             version = ray.put(train_with(controller, learner, found, config.train.max_seconds))
+        self.history = controller.history
         editor = pool.finish(method, parts, version, requests)
         write_editor(editor_place(config, name), method, built.names, unpack(editor))
-        return ray.put(editor), controller.history
+        return ray.put(editor), self.history
