@@ -164,7 +164,7 @@ def plan(facts: Facts, method: MethodConfig, machines: Machines, **seen: int) ->
     ledger = sum(i * o for i, o in facts.editable) * (4 + facts.bytes) // ranks
     protects = method.updater.kind != "none" and method.updater.solver == "protected"
     kept, fitted = (
-        map(sum, zip(*(protection_bytes(1, i) for i, _ in facts.editable), strict=True))
+        protection_bytes([i for i, _ in facts.editable], bool(method.updater.phrasing))
         if protects
         else (0, 0)
     )

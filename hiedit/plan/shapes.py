@@ -3,7 +3,8 @@
 Three parts stay from step to step and one goes with the step:
 
 learner        hypernetwork and policy, their gradients and Adam's two moments (fp32);
-protection     of every editable module two [I, I] matrices (fp32), where the solver protects;
+protection     of every editable module two [I, I] matrices (fp32), where the solver protects, and a
+               third where it knows the scatter of phrasings;
 ledger         of every editable module a copy of W_0 and the sum of its shifts (fp32);
 step           activations above the lowest editable module, factors, logits.
 
@@ -87,7 +88,11 @@ def step_bytes(s: Shape) -> dict[str, int]:
     }
 
 
-def protection_bytes(m: int, i: int) -> tuple[int, int]:
-    """(resident, while it is fitted or reset) of ``m`` modules with ``i`` inputs: moment and
-    precision in fp32; and beside them, in fp64, the matrix, its factor and its inverse."""
-    return 2 * 4 * m * i * i, 3 * 8 * m * i * i
+def protection_bytes(i: list[int], phrasing: bool) -> tuple[int, int]:
+    """(resident, while it is fitted) of modules with ``i`` inputs each: moment and precision in
+    fp32, and the scatter of phrasings where there is one; and beside them what they are made of,
+    twice (by module and stacked), one of them scaled, and in fp64 one module's matrix, its factor
+    and its inverse."""
+    square = sum(n * n for n in i)
+    measured = 1 + phrasing
+    return 4 * (1 + measured) * square, 4 * (2 * measured + 1) * square + 24 * max(i) ** 2

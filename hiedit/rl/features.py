@@ -69,6 +69,12 @@ class StateFeatures:
 
     def __init__(self, env: Environment, updater: Updater, features: Sequence[str]):
         self.env, self.updater, self.features = env, updater, tuple(features)
+        parted = [n for n, m in env.backbone.modules.items() if _parted(m)]
+        if "fullness" in self.features and parted:
+            raise ValueError(
+                f"method.selector.features={list(features)!r}: 'fullness' of a sharded module "
+                f"({parted[0]}) is not computed; leave it out"
+            )
         self._fullness: tuple[int, Tensor] | None = None  # of which version of the weights
         self._base: dict[str, tuple[Tensor, Tensor]] = {}  # weights before any edit, their norm
 
@@ -108,3 +114,8 @@ class StateFeatures:
             norm = base.float().norm().clamp(min=SMALLEST)
             self._base[name] = base, norm
         return (acc.norm() / norm).cpu()
+
+
+def _parted(module) -> bool:
+    """Whether only a range of the module's weight is here."""
+    return module.span != (0, module.in_features * module.out_features)

@@ -64,11 +64,11 @@ class Protection(nn.Module):
         """Forget the edits of the last stream; the preserved prompts stay protected."""
         size = self.moment.shape[-1]
         eye = torch.eye(size, dtype=torch.float64, device=self.moment.device)
-        dense = self.moment.double() + self.eps * eye
-        if self.scatter is not None:
-            dense += self.scatter.double()
-        inverse = torch.cholesky_inverse(torch.linalg.cholesky(dense))
-        self.precision.copy_(inverse.to(self.precision.dtype))
+        for m in range(len(self.moment)):  # one at a time: in fp64, three such matrices are large
+            dense = self.moment[m].double() + self.eps * eye
+            if self.scatter is not None:
+                dense += self.scatter[m].double()
+            self.precision[m] = torch.cholesky_inverse(torch.linalg.cholesky(dense))
 
     @torch.no_grad()
     def absorb(self, keys: Tensor, live: Tensor) -> None:
