@@ -12,6 +12,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+RESCUE = 256  # roundings of a trace
+
 
 def outer_product(keys: Tensor, grads: Tensor, eta: Tensor) -> tuple[Tensor, Tensor]:
     """MEND (Mitchell et al. 2022, eq. 2): ``delta_W^T = -eta K'^T G'``.
@@ -75,13 +77,18 @@ def solve_spd(system: Tensor, target: Tensor) -> Tensor:
     """``system^-1 target`` for symmetric positive definite [M, T, T] and [M, T, O].
 
     By Cholesky: half the work of LU, and a system that rounding has made indefinite becomes NaN
-    (which the updater leaves out) instead of an exception in the middle of a stream.
+    (which the updater leaves out) instead of an exception in the middle of a stream. How far
+    rounding goes depends on the machine's BLAS, so such a system is tried once more with a ridge of
+    ``RESCUE`` roundings of its trace, which bounds its largest eigenvalue.
     """
     factor, info = torch.linalg.cholesky_ex(system)
-    failed = (info != 0)[:, None, None]
-    if not bool(failed.any()):
+    if not bool((info != 0).any()):
         return torch.cholesky_solve(target, factor)
-    # Solved again without the failed ones: a NaN inside the graph would reach every gradient.
     eye = torch.eye(system.shape[-1], dtype=system.dtype, device=system.device)
+    trace = system.detach().diagonal(dim1=-2, dim2=-1).sum(-1)
+    ridge = torch.where(info != 0, RESCUE * torch.finfo(system.dtype).eps * trace, 0.0)
+    system = system + ridge[:, None, None] * eye
+    failed = (torch.linalg.cholesky_ex(system.detach()).info != 0)[:, None, None]
+    # Solved again without the failed ones: a NaN inside the graph would reach every gradient.
     factor = torch.linalg.cholesky(torch.where(failed, eye, system))
     return torch.where(failed, torch.nan, torch.cholesky_solve(target, factor))
