@@ -33,7 +33,9 @@ demo: $(STAMP) ## train an editor on the embedded world, edit it 200 times, show
 	@$(BIN)/hiedit demo $(ARGS)
 
 test: $(STAMP) ## the test suite
-	@$(BIN)/python -m pytest $(ARGS)
+	@workers=
+	if $(BIN)/python -c 'import xdist' 2>/dev/null; then workers="-n 2 --dist loadfile"; fi
+	$(BIN)/python -m pytest $$workers $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting
 	@$(BIN)/ruff check .

@@ -5,9 +5,12 @@ from __future__ import annotations
 import multiprocessing
 import os
 import queue
+import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.connection import wait
+from multiprocessing.managers import SyncManager
 from typing import Any
 
 
@@ -39,7 +42,9 @@ def run_jobs(
     if workers <= 1:
         return [work(*task, on_message) for task in tasks]
     context = multiprocessing.get_context("spawn")
-    with context.Manager() as manager:
+    manager = SyncManager(ctx=context)
+    manager.start(_end_with_the_driver)
+    with manager:
         messages = manager.Queue()
         threads = max(1, cores() // workers)
         pool = ProcessPoolExecutor(workers, context, _begin, (threads,))
@@ -75,7 +80,19 @@ def _forward(messages, on_message, wait: float) -> None:
         return
 
 
+def _end_with_the_driver() -> None:
+    """Also where the driver is killed, which leaves it no time to end its processes: they would
+    compute for nobody, for minutes or for ever."""
+
+    def watch() -> None:
+        wait([multiprocessing.parent_process().sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+
+
 def _begin(threads: int) -> None:
+    _end_with_the_driver()
     import torch  # here, so that the command line need not wait for it
 
     torch.set_num_threads(threads)

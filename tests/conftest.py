@@ -33,11 +33,38 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 ROOT = Path(__file__).resolve().parents[1]
-THREADS = 2  # of the smallest machine that the suite must pass on; more do not help such sizes
+# Of the smallest machine that the suite must pass on (more do not help such sizes), shared by the
+# processes that pytest-xdist starts.
+THREADS = 1 if "PYTEST_XDIST_WORKER" in os.environ else 2
 
 
 def pytest_configure(config):
     torch.set_num_threads(THREADS)
+
+
+# Tests that wait long for processes of their own. Those of the first line share one Ray cluster.
+ON_RAY = ("test_distributed", "test_groups", "test_jobs", "test_scaling")
+LONG = (*ON_RAY, "test_sharded", "test_compare")
+
+
+def pytest_collection_modifyitems(items):
+    """Long ones first, so that no process ends with them alone."""
+    items.sort(key=lambda i: LONG.index(i.path.stem) if i.path.stem in LONG else len(LONG))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Under pytest-xdist the tests of one file stay in one process, for the sake of its fixtures,
+    and so do all files on Ray."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByFile(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return "ray" if Path(file).stem in ON_RAY else file
+
+    config.option.loadscopereorder = False
+    return ByFile(config, log)
 
 
 @pytest.fixture

@@ -205,12 +205,16 @@ def test_mistakes_are_named_before_anything_runs(overrides, parts):
 def test_the_shipped_experiment_is_valid_and_tunes_what_a_method_has():
     config = compose(["experiment=selection"], CompareConfig, "compare").experiment
     eta, rho = (len(config.tuning.grid[k]) for k in ("updater.eta", "objective.rho"))
-    assert len(config.settings("hiedit")) == eta * rho == len(config.settings("random"))
+    assert eta * rho > 1 and len(config.settings("hiedit")) == 1  # as shipped
+    for label in ("hiedit-3", "random-3", "static-3", "dense"):
+        assert len(config.settings(label)) == eta * rho, label
     assert len(config.settings("static")) == eta and config.settings("no-edit") == [{}]
     assert len(config.seeds) >= 5 and set(config.baselines) <= set(config.methods)
     assert config.composition("dense").selector.kind == "all"
-    dense, hiedit = (dataclasses.asdict(config.composition(n)) for n in ("dense", "hiedit"))
-    assert {k for k in dense if dense[k] != hiedit[k]} == {"name", "selector"}
+    hiedit = dataclasses.asdict(config.composition("hiedit-3"))
+    for label in ("random-3", "static-3", "dense"):
+        other = dataclasses.asdict(config.composition(label))
+        assert {k for k in other if other[k] != hiedit[k]} == {"name", "selector"}
 
 
 def test_the_best_setting_of_each_horizon_is_chosen(monkeypatch):

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -73,3 +76,45 @@ def test_an_interrupt_ends_the_processes_at_once():
     for pid in pids:
         with pytest.raises(ProcessLookupError):
             os.kill(pid, 0)
+
+
+DRIVER = """
+import sys
+sys.path.insert(0, "tests")
+from hiedit.parallel import run_jobs
+from test_parallel import endless
+
+run_jobs(endless, [(), ()], 2, lambda pid: print(pid, flush=True))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").is_file(), reason="no /proc on this platform")
+def test_a_killed_driver_leaves_no_process(root):
+    driver = subprocess.Popen(
+        [sys.executable, "-c", DRIVER], cwd=root, stdout=subprocess.PIPE, text=True
+    )
+    try:
+        pids = [int(driver.stdout.readline()) for _ in range(2)]
+        pids = {*pids, *children(driver.pid)}  # and who carries the messages
+        assert len(pids) >= 3 and all(map(alive, pids))
+    finally:
+        driver.kill()
+        driver.wait()
+    deadline = time.monotonic() + 30
+    while any(map(alive, pids)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not list(filter(alive, pids))
+
+
+def alive(pid: int) -> bool:
+    """Neither gone nor a zombie whose parent has not asked for it yet."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:
+        return False
+    return stat.rpartition(")")[2].split()[0] != "Z"
+
+
+def children(pid: int) -> set[int]:
+    found = Path(f"/proc/{pid}/task").glob("*/children")
+    return {int(child) for path in found for child in path.read_text().split()}
