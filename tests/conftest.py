@@ -42,26 +42,26 @@ def pytest_configure(config):
     torch.set_num_threads(THREADS)
 
 
-# Tests that wait long for processes of their own. Those of the first line share one Ray cluster.
-ON_RAY = ("test_distributed", "test_groups", "test_jobs", "test_scaling")
-LONG = (*ON_RAY, "test_sharded", "test_compare")
+# Each starts several processes at a time (the first four on one Ray cluster): one after the other,
+# or they would wait for one another's cores until they time out.
+CROWDS = ("test_distributed", "test_groups", "test_jobs", "test_scaling", "test_sharded")
 
 
 def pytest_collection_modifyitems(items):
-    """Long ones first, so that no process ends with them alone."""
-    items.sort(key=lambda i: LONG.index(i.path.stem) if i.path.stem in LONG else len(LONG))
+    """The crowds first, so that no process of the suite ends with them alone."""
+    items.sort(key=lambda i: CROWDS.index(i.path.stem) if i.path.stem in CROWDS else len(CROWDS))
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
     """Under pytest-xdist the tests of one file stay in one process, for the sake of its fixtures,
-    and so do all files on Ray."""
+    and so do all crowds."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file = nodeid.split("::", 1)[0]
-            return "ray" if Path(file).stem in ON_RAY else file
+            return "crowds" if Path(file).stem in CROWDS else file
 
     config.option.loadscopereorder = False
     return ByFile(config, log)
