@@ -37,7 +37,7 @@ def environment() -> dict[str, str]:
                       "PYTHONPATH": str(ROOT)}  # fmt: skip
 
 
-def launched(*arguments, timeout: float = 280) -> subprocess.CompletedProcess:
+def launched(*arguments, timeout: float = 500) -> subprocess.CompletedProcess:
     command = [*LAUNCHER, "--master_port", str(meeting_place()[1]), *map(str, arguments)]
     return subprocess.run(
         command, capture_output=True, text=True, timeout=timeout, cwd=ROOT, env=environment()
