@@ -34,7 +34,7 @@ demo: $(STAMP) ## train an editor on the embedded world, edit it 200 times, show
 
 test: $(STAMP) ## the test suite
 	@workers=
-	if $(BIN)/python -c 'import xdist' 2>/dev/null; then workers="-n 2 --dist loadfile"; fi
+	if $(BIN)/python -c 'import xdist' 2>/dev/null; then workers="-n 2"; fi
 	$(BIN)/python -m pytest $$workers $(ARGS)
 
 lint: $(STAMP) ## ruff: rules and formatting

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing.connection import wait
+from multiprocessing import connection
 from multiprocessing.managers import SyncManager
 from typing import Any
 
@@ -85,7 +85,7 @@ def _end_with_the_driver() -> None:
     compute for nobody, for minutes or for ever."""
 
     def watch() -> None:
-        wait([multiprocessing.parent_process().sentinel])
+        connection.wait([multiprocessing.parent_process().sentinel])
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()

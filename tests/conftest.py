@@ -54,8 +54,8 @@ def pytest_collection_modifyitems(items):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """Under pytest-xdist the tests of one file stay in one process, for the sake of its fixtures,
-    and so do all crowds."""
+    """Under pytest-xdist (`-n 2`) the tests of one file stay in one process, for the sake of its
+    fixtures, and so do all crowds."""
     from xdist.scheduler import LoadScopeScheduling
 
     class ByFile(LoadScopeScheduling):

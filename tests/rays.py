@@ -108,19 +108,6 @@ def ordered_worker(directory: Path):
     return OrderedWorker
 
 
-def alive(pid: int) -> bool:
-    with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    return False
-
-
-def wait_until(true, message, seconds=15.0):
-    end = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < end, message
-        time.sleep(0.05)
-
-
 def free_ports(count: int) -> list[int]:
     """Ports of 127.0.0.1 that nobody listens on."""
     with contextlib.ExitStack() as stack:

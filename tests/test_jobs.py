@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from rays import alive, wait_until
+from processes import alive, wait_until
 from worlds import MODULES
 
 pytest.importorskip("ray", reason="jobs need ray")

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+from processes import alive, wait_until
 
 from hiedit.parallel import WorkerDied, run_jobs
 
@@ -100,19 +101,7 @@ def test_a_killed_driver_leaves_no_process(root):
     finally:
         driver.kill()
         driver.wait()
-    deadline = time.monotonic() + 30
-    while any(map(alive, pids)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not list(filter(alive, pids))
-
-
-def alive(pid: int) -> bool:
-    """Neither gone nor a zombie whose parent has not asked for it yet."""
-    try:
-        stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:
-        return False
-    return stat.rpartition(")")[2].split()[0] != "Z"
+    wait_until(lambda: not any(map(alive, pids)), "the driver is gone, not all of its own", 30.0)
 
 
 def children(pid: int) -> set[int]:
