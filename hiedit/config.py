@@ -241,19 +241,25 @@ class ObjectiveConfig:
 class PassesConfig:
     """Several passes per edit: capture, choose, shift again, until the smallest answer-token
     probability exceeds ``target_probability`` or ``max`` is reached; ``undo`` drops a pass that
-    raised the edit's loss."""
+    raised the loss.
+
+    preserved: prompts that the base model answers, asked with every edit (not in training): the
+    smallest probability in their answers has to exceed ``preserved_probability`` as well.
+    """
 
     max: int = 1
     target_probability: float = 0.5
     undo: bool = True
+    preserved: int = 0
+    preserved_probability: float = 0.5
 
     def __post_init__(self):
         at_least("method.passes.max", self.max, 1)
-        if not 0 < self.target_probability <= 1:
-            raise ValueError(
-                f"method.passes.target_probability={self.target_probability!r}: "
-                "it must lie in (0, 1]"
-            )
+        at_least("method.passes.preserved", self.preserved, 0)
+        for key in ("target_probability", "preserved_probability"):
+            value = getattr(self, key)
+            if not 0 < value <= 1:
+                raise ValueError(f"method.passes.{key}={value!r}: it must lie in (0, 1]")
 
 
 @dataclass(frozen=True)

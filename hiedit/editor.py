@@ -26,7 +26,7 @@ from hiedit.ledger.export import ExportReport, export_adapter, save_merged
 from hiedit.ledger.ledger import Ledger
 from hiedit.ledger.offline import active_rows
 from hiedit.ledger.reader import Reader
-from hiedit.ledger.records import Entry, Record
+from hiedit.ledger.records import ACTIVE, Entry, Record
 from hiedit.ledger.state import DeltaState
 from hiedit.ledger.verify import Verification
 from hiedit.methods import Method, build_method, configured_model, load_editor, load_method
@@ -62,6 +62,7 @@ class Editor:
         try:
             self._env.rewritten()
             self._memory = Memory(method, self.ledger)
+            self._note_edited()
         except BaseException:
             self.ledger.close()
             raise
@@ -308,7 +309,16 @@ class Editor:
         changed = change([ids] if isinstance(ids, int) else ids)
         if changed:
             self._env.rewritten()
+            self._note_edited()
         return changed
+
+    def _note_edited(self) -> None:
+        """Which preserved prompts may be about edits in effect follows from these alone, so that
+        an editor that is opened again asks the same ones."""
+        preserved = self._rollout.preserved
+        if preserved.pairs:
+            preserved.reset()
+            preserved.edited(r.request for r in self.history() if r.status == ACTIVE)
 
 
 def _training_free(method: str):

@@ -23,10 +23,13 @@ from hiedit.rl.effects import best_subset, single_module_effects
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
+from hiedit.rl.preserved import Pair, Preserved, known_pairs
 from hiedit.rl.rollout import Rollout
 from hiedit.rl.training import Trainer
 from hiedit.types import EditRequest, TokenBatch
 from hiedit.updaters.updater import Updater
+
+PRESERVED = "preserved.pairs"  # among an editor's tensors: prompts that its edits ask
 
 
 @dataclass(frozen=True)
@@ -72,17 +75,15 @@ def build_method(
         frequency = recorded_choices(config.selector.source, backbone.names)
     method = _empty(backbone, config, seed)
     env, selector, updater = method.rollout.env, method.rollout.selector, method.rollout.updater
-    if config.updater.kind != "none" and config.updater.solver == "protected":
-        pairs = list(preserve) or [
-            (p.prompt, p.answer) for r in train for p in r.locality if p.answer
-        ]
-        if not pairs:
-            raise ValueError(
-                f"method {config.name!r} protects knowledge (updater.solver=protected) and needs "
-                "prompts with answers to preserve: give training records with locality prompts"
-            )
+    protects = config.updater.kind != "none" and config.updater.solver == "protected"
+    if protects or config.passes.preserved:
+        pairs = preserved_pairs(config, train, preserve)
+    if protects:
         facts = phrasings_of(train, config) if config.updater.phrasing else ()
-        fit_protection(backbone, updater, pairs[: config.updater.preserve], facts)
+        fit_protection(backbone, updater, pairs, facts)
+    if config.passes.preserved:
+        known = known_pairs(backbone, pairs, config.passes.preserved_probability)
+        method.rollout.preserved = Preserved(known, config.passes.preserved)
     if frequency is not None:
         selector.set_static(top_k_mask(frequency[None], selector.k)[0])
     searches = config.selector.kind == "best_subset"
@@ -169,6 +170,21 @@ def fit_protection(
     updater.fit_protection(moments, scatter)
 
 
+def preserved_pairs(
+    config: MethodConfig, train: Sequence[EditRequest], preserve: Sequence[Pair]
+) -> list[Pair]:
+    """The (prompt, answer) pairs that ``build_method`` protects and asks: ``preserve``, else the
+    unrelated prompts of ``train``; ValueError if there are none."""
+    pairs = list(preserve) or [(p.prompt, p.answer) for r in train for p in r.locality if p.answer]
+    if not pairs:
+        raise ValueError(
+            f"method {config.name!r} protects knowledge (updater.solver=protected or "
+            "passes.preserved) and needs prompts with answers to preserve: give training records "
+            "with locality prompts"
+        )
+    return pairs[: config.updater.preserve]
+
+
 def phrasings_of(train: Sequence[EditRequest], config: MethodConfig) -> list[list[tuple[str, str]]]:
     """By training edit, (phrasing, answer as the model has it) of its prompt and paraphrases; a
     warning where none has two."""
@@ -231,18 +247,20 @@ def config_dir() -> Path:
 
 def save_editor(method: Method, directory: str | Path) -> Path:
     """Write a trained editor: ``editor.safetensors`` (policy, hypernetwork, normalisers,
-    protection) and ``method.json`` (its composition and its modules)."""
+    protection, preserved prompts) and ``method.json`` (its composition and its modules)."""
     names = method.rollout.updater.names
     return write_editor(directory, method.config, names, editor_tensors(method))
 
 
 def editor_tensors(method: Method) -> dict[str, Tensor]:
     """What a trained editor consists of, by name."""
-    return {
+    tensors = {
         f"{part}.{name}": value.contiguous()
         for part, module in _parts(method).items()
         for name, value in module.state_dict().items()
     }
+    preserved = method.rollout.preserved
+    return tensors | ({PRESERVED: preserved.as_tensor()} if preserved.pairs else {})
 
 
 def write_editor(
@@ -288,6 +306,9 @@ def editor_of(
         if part == "selector" and method.rollout.selector.learned:  # older ones lack it
             state.setdefault("frequency", module.frequency)
         module.load_state_dict(state)
+    if PRESERVED in tensors:
+        pairs = Preserved.pairs_in(tensors[PRESERVED])
+        method.rollout.preserved = Preserved(pairs, config.passes.preserved)
     method.rollout.updater.reset()
     return method
 

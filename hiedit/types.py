@@ -112,6 +112,20 @@ class Signals:
     confidence: Tensor
     state: Tensor | None = None
 
+    def first(self, edits: int) -> Signals:
+        """Those of the first ``edits`` edits alone."""
+        if edits == len(self.loss):
+            return self
+        kept = self.edit < edits
+        return Signals(
+            {n: k[kept] for n, k in self.keys.items()},
+            {n: g[kept] for n, g in self.grads.items()},
+            self.edit[kept],
+            self.loss[:edits],
+            self.confidence[:edits],
+            None if self.state is None else self.state[:edits],
+        )
+
 
 @dataclass(frozen=True)
 class Action:

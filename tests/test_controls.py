@@ -45,10 +45,15 @@ def masks_by_pass(method, request=REQUESTS[0], explore=False):
     if explore:
         rollout.step(EditBatch((request,)), on_pass)
         return found
-    inner = rollout._pass
-    rollout._pass = lambda s, choice, active, hook: inner(s, choice, active, on_pass)
+    push, names = rollout.env.push, rollout.updater.names
+
+    def noted(shifts):
+        found.append(torch.tensor([float(n in shifts) for n in names]))
+        push(shifts)
+
+    rollout.env.push = noted
     rollout.step(EditBatch((request,)))
-    del rollout._pass
+    del rollout.env.push
     return found
 
 

@@ -7,7 +7,7 @@ deployed model and collects training passes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,7 +18,8 @@ from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
 from hiedit.rl.features import StateFeatures, gain_over_energy
-from hiedit.types import Action, EditBatch, Shift, Shifts, Signals
+from hiedit.rl.preserved import Pair, Preserved
+from hiedit.types import Action, EditBatch, EditRequest, Shift, Shifts, Signals
 from hiedit.updaters.updater import Updater
 
 
@@ -29,8 +30,8 @@ class Outcome:
     mask: [E, L], union over the passes kept. passes: shifts computed, undone ones included.
     loss, confidence: [E], of the edit prompt after the step (NaN where the last pass was not
     checked, because nothing would have been undone). held: all edits are known to have reached
-    the target probability. shifts: what is (to be) committed, by module. signals: of the last
-    pass, None if there was none.
+    the target probability. shifts: what is (to be) committed, by module. signals: the edits', of
+    the last pass, None if there was none. requests: what was edited.
     """
 
     mask: Tensor
@@ -40,6 +41,7 @@ class Outcome:
     held: bool
     shifts: Shifts
     signals: Signals | None = None
+    requests: tuple[EditRequest, ...] = ()
 
 
 Choice = tuple[Signals, Action] | None
@@ -47,7 +49,11 @@ PassHook = Callable[[Signals, Action], Shifts]
 
 
 class Rollout:
-    """Applies edits one step after another to the environment's model."""
+    """Applies edits one step after another to the environment's model.
+
+    preserved: prompts that must hold for an edit to be done; training has a reward for that
+    instead, and asks none.
+    """
 
     def __init__(
         self,
@@ -56,7 +62,9 @@ class Rollout:
         updater: Updater,
         passes: PassesConfig,
         observe: bool = True,
+        preserved: Preserved | None = None,
     ):
+        self.preserved = preserved or Preserved()
         self.env, self.selector, self.updater = env, selector, updater
         self.passes, self.observe = passes, observe
         told = selector.config.features
@@ -71,6 +79,7 @@ class Rollout:
     def reset(self) -> None:
         """The base model, and no earlier edit to protect."""
         self.env.reset()
+        self.preserved.reset()
         self.updater.reset()
         self.selector.reset()
 
@@ -90,18 +99,19 @@ class Rollout:
         """
         if self.env.commit(write, outcome.shifts) and outcome.signals is not None:
             self.updater.absorb(outcome.signals, outcome.mask)
+        self.preserved.edited(outcome.requests)
 
     def propose(self, batch: EditBatch, on_pass: PassHook | None = None) -> Outcome:
         """The same on trial: its passes are pending, for ``commit`` or ``env.drop`` to settle."""
         self.env.drop()
-        edits, tokens = len(batch), self._encode(batch)
-        names = self.updater.names
-        none = torch.zeros(edits, len(names), device=self.env.backbone.device)
-        masks: list[Tensor] = []  # of the passes on trial
+        edits = len(batch)
+        asked, owner = self.preserved.draw(batch) if on_pass is None else ([], [])
+        tokens, target = self._encode(batch, asked), self._targets(edits, len(asked))
+        masks: list[Tensor] = []  # [E, L] of the passes on trial
         choice: Choice = None  # of the edit, unless every pass makes its own
         used, before, signals = 0, None, None
         while True:
-            probe = self.env.probe(tokens, edits, self.updater.config.tokens)
+            probe = self.env.probe(tokens, len(tokens), self.updater.config.tokens)
             loss, confidence = probe.loss, probe.confidence
             worse = before is not None and not bool(loss.sum() <= before[0].sum())
             if worse and self.passes.undo:
@@ -113,13 +123,14 @@ class Rollout:
                 masks.pop()
                 loss, confidence = before
                 break
-            active = confidence <= self.passes.target_probability
+            active = confidence <= target
             inert = self.updater.config.kind == "none"
             if inert or used >= self.passes.max or not bool(active.any()):
                 break
-            signals = probe.signals()
+            every = probe.signals()
+            signals = every.first(edits)
             choice = self._choose(signals, choice, on_pass is not None)
-            shifts, mask = self._pass(signals, choice, active, on_pass)
+            shifts, mask = self._pass(every, signals, choice[1], active, owner, on_pass)
             if not shifts:  # nothing that could be done
                 break
             masks.append(mask)
@@ -128,9 +139,7 @@ class Rollout:
             if used >= self.passes.max and not self.passes.undo:  # nobody asks how it went
                 loss = confidence = torch.full_like(loss, torch.nan)
                 break
-        union = torch.stack([none, *masks]).amax(0)
-        held = bool((confidence > self.passes.target_probability).all())
-        return Outcome(union, used, loss, confidence, held, self.env.trial(), signals)
+        return self._outcome(batch, masks, used, loss[:edits], confidence[:edits], signals)
 
     def _choose(self, signals: Signals, choice: Choice, explore: bool) -> Choice:
         """(signals, action) that decide which modules this pass touches.
@@ -150,22 +159,44 @@ class Rollout:
         first, action = choice
         return first, self.selector.again(first, action)
 
-    def _pass(self, signals, choice, active: Tensor, on_pass) -> tuple[Shifts, Tensor]:
+    def _pass(
+        self, every: Signals, signals: Signals, action: Action, active: Tensor, owner, on_pass
+    ) -> tuple[Shifts, Tensor]:
+        """(shifts, [E, L] the modules that each edit's got one). every: signals of the E edits and
+        the P preserved prompts, which take the modules of their ``owner``; signals: the edits'.
+        active: bool [E + P], what does not hold yet."""
         if self.observe:
             self.updater.observe(signals)
-        action = _only(choice[1], active)
         if on_pass is not None:
-            shifts = on_pass(signals, action)
+            action = _only(action, active)
+            shifts, mask = on_pass(signals, action), action.mask.detach()
         else:
+            rows = torch.tensor([*range(len(action.mask)), *owner], device=active.device)
+            mask = action.mask.detach()[rows] * active[:, None].to(action.mask.dtype)  # [E + P, L]
             with torch.no_grad():
-                shifts = self.updater(signals, action.mask)
-        mask = action.mask.detach()
+                shifts = self.updater(every, mask)
+            index = rows[:, None].expand_as(mask)
+            mask = torch.zeros_like(action.mask).scatter_reduce(0, index, mask, "amax")
         return shifts, mask * mask.new_tensor([n in shifts for n in self.updater.names])
 
-    def _encode(self, batch: EditBatch):
+    def _outcome(self, batch, masks, used, loss, confidence, signals) -> Outcome:
+        none = torch.zeros(len(batch), len(self.updater.names), device=loss.device)
+        union = torch.stack([none, *masks]).amax(0)
+        held = bool((confidence > self.passes.target_probability).all())
+        shifts = self.env.trial()
+        return Outcome(union, used, loss, confidence, held, shifts, signals, batch.requests)
+
+    def _encode(self, batch: EditBatch, asked: Sequence[Pair] = ()):
+        """One sequence per edit, then one per preserved prompt."""
         pairs = [(request.prompt, request.target) for request in batch.requests]
-        tokens = encode(self.env.backbone.tokenizer, pairs, padding_side="left")
+        tokens = encode(self.env.backbone.tokenizer, [*pairs, *asked], padding_side="left")
         return tokens.to(self.env.backbone.device)
+
+    def _targets(self, edits: int, asked: int) -> Tensor:
+        """[E + P]: the probability that each sequence's answer has to exceed."""
+        p = self.passes
+        values = [p.target_probability] * edits + [p.preserved_probability] * asked
+        return torch.tensor(values, device=self.env.backbone.device)
 
 
 def _only(action: Action, active: Tensor) -> Action:

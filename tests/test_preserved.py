@@ -1,0 +1,248 @@
+"""Preserved prompts that an edit has to leave answered: drawn, asked, kept with the editor."""
+
+import copy
+import dataclasses
+
+import pytest
+import torch
+from models import tiny_model, tiny_tokenizer
+
+from hiedit import Editor
+from hiedit.backbone.losses import answer_confidence
+from hiedit.backbone.model import Backbone
+from hiedit.config import MethodConfig, PassesConfig, SelectorConfig, UpdaterConfig
+from hiedit.data.tokens import encode
+from hiedit.methods import (
+    build_method,
+    editor_of,
+    editor_tensors,
+    load_editor,
+    save_editor,
+    write_editor,
+)
+from hiedit.rl.preserved import Preserved, known_pairs
+from hiedit.types import EditBatch, EditRequest
+
+MODULES = ["model.layers.{0-1}.mlp.gate_proj", "model.layers.{0-1}.mlp.down_proj"]
+PAIRS = [
+    ("Rome lies in", "Italy"),
+    ("Lima is in", "Peru"),
+    ("Ink is", "blue"),
+    ("Snow is", "white"),
+]
+OSLO, BONN = EditRequest("Oslo lies in", "Peru"), EditRequest("Bonn lies in", "Mali")
+CAIRO = EditRequest("Find Cairo in", "Chad")  # shares no telling word with the pairs
+MANY = [(f"Town {i} has the {'tower' if i % 2 else 'port'} of", f"Name {i}") for i in range(400)]
+
+
+@pytest.fixture(autouse=True)
+def one_thread(threads):
+    threads(1)
+
+
+@pytest.fixture(scope="module")
+def knowing():
+    """A tiny model that knows ``PAIRS``, so that something can be preserved."""
+    model = tiny_model("llama", num_hidden_layers=2)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(8)
+    made = build_method(Backbone(model, tiny_tokenizer(), MODULES), config(0), preserve=PAIRS)
+    for _ in range(3):  # what was taught first fades
+        for pair in PAIRS:
+            made.rollout.step(EditBatch((EditRequest(*pair),)))
+    assert (confidence(made.rollout.env.backbone, PAIRS) > 0.8).all()
+    return model
+
+
+@pytest.fixture
+def backbone(knowing):
+    return Backbone(copy.deepcopy(knowing), tiny_tokenizer(), MODULES)
+
+
+def config(each=2, selector=None, target=0.9, **passes):
+    return MethodConfig(
+        "test",
+        selector or SelectorConfig("all"),
+        UpdaterConfig(eta=0.1),
+        passes=PassesConfig(20, target, preserved=each, **passes),
+    )
+
+
+def confidence(backbone, pairs):
+    """[N]: the smallest probability in each answer."""
+    with torch.no_grad():
+        tokens = encode(backbone.tokenizer, pairs, padding_side="left")
+        return answer_confidence(backbone.answers(tokens))
+
+
+# What is drawn
+
+
+def test_a_draw_depends_on_the_edit_alone():
+    one, other = Preserved(MANY, 5), Preserved(MANY, 5)
+    other.draw(EditBatch((BONN,)))
+    drawn = one.draw(EditBatch((OSLO,)))
+    assert drawn == other.draw(EditBatch((OSLO,))) and drawn != one.draw(EditBatch((BONN,)))
+    pairs, owner = one.draw(EditBatch((OSLO, BONN)))
+    assert owner == [0] * 5 + [1] * 5 and pairs[:5] == drawn[0] and set(pairs) <= set(MANY)
+    assert len(set(drawn[0])) == 5
+
+
+def test_few_pairs_are_drawn_whole_and_none_without_pairs():
+    assert sorted(Preserved(PAIRS, 9).draw(EditBatch((BONN,)))[0]) == sorted(PAIRS[1:])  # lies
+    assert Preserved((), 9).draw(EditBatch((BONN,))) == ([], [])
+    assert Preserved(PAIRS, 0).draw(EditBatch((BONN,))) == ([], [])
+
+
+@pytest.mark.parametrize(
+    "request_, about",
+    [
+        (EditRequest("The port of town 7 is", "Bari"), {7}),  # 7 is rare; port, town are not
+        (EditRequest("The best harbour is", "Bari"), set()),  # no word says what it is about
+        (EditRequest("Nearby is", "Bari", subject="TOWN 12"), {12}),
+        (EditRequest("Nearby is", "Bari", subject="Town 999"), set()),
+    ],
+)
+def test_what_may_be_about_an_edit_is_asked_no_more(request_, about):
+    preserved = Preserved(MANY, 400)
+    assert preserved.about(request_) == about
+    gone = {MANY[i] for i in about}
+    assert set(MANY) - set(preserved.draw(EditBatch((request_,)))[0]) == gone
+    assert set(preserved.draw(EditBatch((OSLO,)))[0]) == set(MANY), "a trial decides nothing"
+    preserved.edited([request_])
+    assert set(MANY) - set(preserved.draw(EditBatch((OSLO,)))[0]) == gone
+    preserved.reset()
+    assert set(preserved.draw(EditBatch((OSLO,)))[0]) == set(MANY)
+
+
+def test_only_what_the_base_model_answers_is_preserved(backbone):
+    wrong = [("Lima is in", "Chad"), ("Ink is", "warm")]
+    assert known_pairs(backbone, [*wrong, *PAIRS], 0.5, batch=4) == tuple(PAIRS)
+    assert known_pairs(backbone, PAIRS, 1.0) == ()
+
+
+# An edit that asks them
+
+
+def test_an_edit_is_done_when_preserved_prompts_hold_too(backbone):
+    """The prompts that the same edit breaks when it does not ask them hold when it does."""
+    after, rows = {}, {}
+    bold = dataclasses.replace(config(0), updater=UpdaterConfig(eta=0.4, lam=1.0))
+    for each in (0, 4):
+        made = build_method(backbone, bold, preserve=PAIRS[3:])
+        made.rollout.preserved = Preserved(PAIRS, each)
+        outcome = made.rollout.step(EditBatch((CAIRO,)))
+        assert outcome.held and outcome.mask.shape == (1, 4) and outcome.loss.shape == (1,)
+        after[each], rows[each] = confidence(backbone, PAIRS), outcome.signals.edit.unique()
+        assert confidence(backbone, [(CAIRO.prompt, CAIRO.target)]) > 0.9
+        made.rollout.reset()
+    assert after[0].min() < 0.5 < after[4].min()
+    assert rows[0].tolist() == rows[4].tolist() == [0], "what is protected afterwards is the edit"
+
+
+def test_preserved_prompts_take_the_modules_of_their_edit(backbone):
+    selector = SelectorConfig("random", k=1)
+    made = build_method(backbone, config(3, selector), preserve=PAIRS)
+    made.rollout.passes = dataclasses.replace(made.rollout.passes, preserved_probability=1.0)
+    masks = []
+    made.rollout.updater.register_forward_pre_hook(lambda _, given: masks.append(given[1]))
+    outcome = made.rollout.step(EditBatch((OSLO, BONN)))
+    edits = torch.stack([m[:2] for m in masks]).amax(0)
+    assert len(masks[0]) == 8 and edits.sum(1).tolist() == [1, 1]
+    for mask in masks:
+        assert (mask[2:5] <= edits[0]).all() and (mask[5:] <= edits[1]).all()
+        assert (mask[2:].sum(1) == 1).all(), "a probability of 1 is never reached"
+    assert torch.equal(outcome.mask, edits)
+
+
+def test_training_asks_none(backbone):
+    made = build_method(backbone, config(2), preserve=PAIRS)
+    seen = []
+
+    def on_pass(signals, action):
+        seen.append(len(signals.loss))
+        with torch.no_grad():
+            return made.rollout.updater(signals, action.mask)
+
+    made.rollout.step(EditBatch((OSLO,)), on_pass)
+    assert seen and set(seen) == {1}
+
+
+def test_without_preserved_prompts_every_bit_is_as_before(backbone):
+    """A pool whose draws all hold changes nothing but the rows that are asked."""
+    made = build_method(backbone, config(0), preserve=PAIRS)
+    plain = made.rollout.step(EditBatch((OSLO,)))
+    made.rollout.reset()
+    made.rollout.preserved = Preserved(PAIRS, 1)
+    made.rollout.passes = dataclasses.replace(made.rollout.passes, preserved_probability=1e-30)
+    asked = made.rollout.step(EditBatch((OSLO,)))
+    assert asked.passes == plain.passes
+    for name, shift in plain.shifts.items():
+        torch.testing.assert_close(asked.shifts[name].dense(), shift.dense(), rtol=1e-3, atol=1e-5)
+
+
+# Kept with the editor, and following the ledger
+
+
+def test_a_saved_editor_asks_the_same(backbone, tmp_path):
+    made = build_method(backbone, config(2), preserve=PAIRS)
+    made.rollout.preserved = Preserved([("Zürich is in", "“Uri”"), *PAIRS], 2)
+    loaded = load_editor(backbone, save_editor(made, tmp_path))
+    copied = editor_of(backbone, made.config, editor_tensors(made))
+    batch = EditBatch((OSLO, BONN))
+    assert loaded.rollout.preserved.pairs == made.rollout.preserved.pairs
+    for other in (loaded, copied):
+        assert other.rollout.preserved.draw(batch) == made.rollout.preserved.draw(batch)
+
+
+def test_damaged_pairs_are_an_error_with_the_file(backbone, tmp_path):
+    made = build_method(backbone, config(2), preserve=PAIRS)
+    tensors = editor_tensors(made) | {"preserved.pairs": torch.zeros(3, dtype=torch.uint8)}
+    write_editor(tmp_path, made.config, backbone.names, tensors)
+    with pytest.raises(ValueError, match="does not fit: preserved.pairs"):
+        load_editor(backbone, tmp_path)
+
+
+def test_a_method_that_preserves_needs_pairs(backbone):
+    plain = dataclasses.replace(config(2), updater=UpdaterConfig(solver="outer"))
+    with pytest.raises(ValueError, match=r"passes.preserved.*prompts with answers to preserve"):
+        build_method(backbone, plain)
+
+
+def test_an_editor_asks_nothing_about_its_edits_in_effect(knowing, tmp_path):
+    """Known again when the ledger is opened, and asked again once the edit is reverted."""
+
+    def open_editor():
+        unedited = Backbone(copy.deepcopy(knowing), tiny_tokenizer(), MODULES)
+        made = build_method(unedited, config(4), preserve=PAIRS)
+        return Editor(made, tmp_path / "edits")
+
+    def asks(editor):
+        return PAIRS[0] in editor._rollout.preserved.draw(EditBatch((CAIRO,)))[0]
+
+    request = EditRequest("The country where Rome is:", "Mali")
+    other = EditRequest("Ink smells of", "Mali")
+    with open_editor() as editor:
+        assert asks(editor)
+        ids = editor.edit([request])
+        assert ids and not asks(editor)
+    with open_editor() as editor:
+        assert not asks(editor)
+        editor.edit([other])
+        editor.revert(ids)
+        assert asks(editor)
+        editor.restore(ids)
+        assert not asks(editor)
+
+
+@pytest.mark.parametrize(
+    "wrong, message",
+    [
+        ({"preserved": -1}, "preserved=-1"),
+        ({"preserved_probability": 0.0}, "preserved_probability=0.0"),
+        ({"preserved_probability": 1.5}, r"preserved_probability=1.5: it must lie in \(0, 1\]"),
+    ],
+)
+def test_bad_values_are_named(wrong, message):
+    with pytest.raises(ValueError, match=message):
+        PassesConfig(**wrong)
