@@ -15,18 +15,17 @@ import textwrap
 import threading
 
 import pytest
+from processes import alive, wait_until
 from rays import (
     MODEL,
     SEED,
     TRAIN,
     TWO,
-    alive,
     in_one_process,
     learned,
     ordered_worker,
     timeless,
     trajectory,
-    wait_until,
 )
 from worlds import quick, quick_run, same
 
