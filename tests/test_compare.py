@@ -136,7 +136,7 @@ def test_a_killed_experiment_goes_on_with_the_same_numbers(finished, tmp_path, r
                f"run_dir={tmp_path}", "experiment.probes.edits=0"]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(cells_of(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(signal.SIGKILL)
