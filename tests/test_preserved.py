@@ -99,8 +99,9 @@ def test_few_pairs_are_drawn_whole_and_none_without_pairs():
     [
         (EditRequest("The port of town 7 is", "Bari"), {7}),  # 7 is rare; port, town are not
         (EditRequest("The best harbour is", "Bari"), set()),  # no word says what it is about
-        (EditRequest("Nearby is", "Bari", subject="TOWN 12"), {12}),
-        (EditRequest("Nearby is", "Bari", subject="Town 999"), set()),
+        (EditRequest("Near town 12 and 13 is", "Bari", subject="TOWN 12"), {12}),
+        (EditRequest("Town 12 is", "Bari", subject="Q17"), {12}),  # the prompt says otherwise
+        (EditRequest("Town 999 is", "Bari", subject="Town 999"), set()),
     ],
 )
 def test_what_may_be_about_an_edit_is_asked_no_more(request_, about):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import random
 import re
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -29,11 +29,11 @@ SHORT = 3  # letters; words of no more (of, in, is) do not tell what a prompt is
 
 
 class Preserved:
-    """Draws ``each`` of ``pairs`` for every edit, by the edit alone: an order of edits that is
-    repeated draws the same, whatever was drawn before.
+    """Draws ``each`` of ``pairs`` for every edit, by it and the edits in effect alone: whatever was
+    drawn before, an edit that is repeated draws the same.
 
     A pair may be about an edited fact, and is left out from then on, where its prompt names the
-    edit's subject or, if the edit comes without one, shares a rare word with the edit's prompt.
+    edit's subject or, if the edit's own prompt names none, shares a rare word with that.
     """
 
     def __init__(self, pairs: Iterable[Pair] = (), each: int = 0):
@@ -42,13 +42,13 @@ class Preserved:
         for i, (prompt, _) in enumerate(self.pairs):
             for word in words(prompt):
                 self._holding[word].add(i)
-        self._edited: Counter[int] = Counter()
+        self._edited: set[int] = set()
 
     def draw(self, batch: EditBatch) -> tuple[list[Pair], list[int]]:
         """(pairs, the edit of the batch that each belongs to)."""
         if not self.each or not self.pairs:
             return [], []
-        gone = set(self._edited).union(*(self.about(r) for r in batch.requests))
+        gone = self._edited.union(*(self.about(r) for r in batch.requests))
         left = [i for i in range(len(self.pairs)) if i not in gone]
         pairs, owner = [], []
         for edit, request in enumerate(batch.requests):
@@ -83,7 +83,7 @@ class Preserved:
     def about(self, request: EditRequest) -> set[int]:
         """Which pairs may be about what ``request`` edits."""
         named = words(request.subject or "")
-        if named:
+        if named and named <= words(request.prompt):
             return set.intersection(*(self._holding.get(word, set()) for word in named))
         few = max(FEW, int(RARE * len(self.pairs)))
         found: set[int] = set()
