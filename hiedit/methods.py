@@ -23,7 +23,8 @@ from hiedit.rl.effects import best_subset, single_module_effects
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
-from hiedit.rl.preserved import Pair, Preserved, known_pairs
+from hiedit.rl.preserved import Preserved, known_pairs
+from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
 from hiedit.rl.training import Trainer
 from hiedit.types import EditRequest, TokenBatch

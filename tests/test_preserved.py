@@ -78,7 +78,7 @@ def confidence(backbone, pairs):
 # What is drawn
 
 
-def test_a_draw_depends_on_the_edit_alone():
+def test_a_draw_does_not_depend_on_the_draws_before():
     one, other = Preserved(MANY, 5), Preserved(MANY, 5)
     other.draw(EditBatch((BONN,)))
     drawn = one.draw(EditBatch((OSLO,)))
@@ -169,8 +169,8 @@ def test_training_asks_none(backbone):
     assert seen and set(seen) == {1}
 
 
-def test_without_preserved_prompts_every_bit_is_as_before(backbone):
-    """A pool whose draws all hold changes nothing but the rows that are asked."""
+def test_prompts_that_hold_change_no_shift(backbone):
+    """But for rounding: they are asked in the same forward pass."""
     made = build_method(backbone, config(0), preserve=PAIRS)
     plain = made.rollout.step(EditBatch((OSLO,)))
     made.rollout.reset()

@@ -20,9 +20,9 @@ from torch import Tensor
 from hiedit.backbone.losses import answer_confidence
 from hiedit.backbone.model import Backbone
 from hiedit.data.tokens import encode
+from hiedit.rl.reference import Pair
 from hiedit.types import EditBatch, EditRequest
 
-Pair = tuple[str, str]  # prompt, answer
 RARE = 0.02  # share of the pairs; a word in more of them says nothing about what a prompt is about
 FEW = 3  # pairs, or as few as this
 SHORT = 3  # letters; words of no more (of, in, is) do not tell what a prompt is about

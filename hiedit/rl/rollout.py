@@ -18,7 +18,8 @@ from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
 from hiedit.rl.features import StateFeatures, gain_over_energy
-from hiedit.rl.preserved import Pair, Preserved
+from hiedit.rl.preserved import Preserved
+from hiedit.rl.reference import Pair
 from hiedit.types import Action, EditBatch, EditRequest, Shift, Shifts, Signals
 from hiedit.updaters.updater import Updater
 
