@@ -53,7 +53,8 @@ class SelectorConfig:
     k: how many (None: half of them). modules: the set of ``static`` (None: found by single-module
     effects on training edits). hidden: width of the policy's encoder. temperature: of the
     straight-through relaxation. init: where the policy's logits start, ``effects`` (single-module
-    effects on training edits) or ``zero``. init_scale: their spread. lr: of the policy (Adam).
+    effects on training edits), ``regression`` (these, and the weights of ``features`` from the
+    least-squares fit of each edit's effects on them) or ``zero``. init_scale: their spread. lr: of the policy (Adam).
     size_in_gate: whether the size penalty may move the gate (the published policy is trained by
     nothing else). effect_edits: how many training edits the effects are measured on.
     every_pass: choose anew at every pass of an edit, instead of once per edit.
@@ -99,7 +100,12 @@ class SelectorConfig:
                 f"method.selector.features={self.features!r}: each once, and only for a policy "
                 f"(method.selector.kind={self.kind!r}; valid: {', '.join(LEARNED_SELECTORS)})"
             )
-        choice("method.selector.init", self.init, ("zero", "effects"))
+        choice("method.selector.init", self.init, ("zero", "effects", "regression"))
+        if self.init == "regression" and not self.features:
+            raise ValueError(
+                f"method.selector.init={self.init!r}: it fits the weights of features, and "
+                f"method.selector.features is empty; valid are {', '.join(FEATURES)}"
+            )
         if self.k is not None:
             at_least("method.selector.k", self.k, 1)
         at_least("method.selector.temperature", self.temperature, 0, strict=True)

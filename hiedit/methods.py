@@ -19,7 +19,12 @@ from hiedit.backbone.moments import key_moments, phrasing_scatter
 from hiedit.config import MethodConfig, TrainConfig, choice, from_mapping
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector, top_k_mask
-from hiedit.rl.effects import best_subset, single_module_effects
+from hiedit.rl.effects import (
+    best_subset,
+    effects_by_edit,
+    feature_slopes,
+    single_module_effects,
+)
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
@@ -27,7 +32,7 @@ from hiedit.rl.preserved import Preserved, known_pairs
 from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
 from hiedit.rl.training import Trainer
-from hiedit.types import EditRequest, TokenBatch
+from hiedit.types import EditRequest, Signals, TokenBatch
 from hiedit.updaters.updater import Updater
 
 PRESERVED = "preserved.pairs"  # among an editor's tensors: prompts that its edits ask
@@ -97,9 +102,29 @@ def build_method(
         sample = list(train)[: config.selector.effect_edits]
         if searches:
             selector.set_static(best_subset(env, updater, sample, selector.k))
+        elif selector.config.init == "regression":
+            _start_from_regression(method.rollout, sample)
         else:
             selector.set_effects(single_module_effects(env, updater, sample))
     return method
+
+
+@torch.no_grad()
+def _start_from_regression(rollout: Rollout, sample: Sequence[EditRequest]) -> None:
+    """A policy whose logits are each edit's single-module effects, as far as features tell them."""
+    gate = rollout.selector.gate
+    effects = effects_by_edit(rollout.env, rollout.updater, sample)
+    state = torch.cat([_told(rollout, request).state for request in sample])
+    gate.state_norm.observe(state.transpose(0, 1))
+    slopes = feature_slopes(effects, gate.standardised(state))
+    rollout.selector.set_effects(effects.sum(0) / len(effects), slopes)
+
+
+def _told(rollout: Rollout, request: EditRequest) -> Signals:
+    """What the policy would see of ``request`` if it were the next edit."""
+    env, pair = rollout.env, [(request.prompt, request.target)]
+    tokens = encode(env.backbone.tokenizer, pair, padding_side="left").to(env.backbone.device)
+    return rollout.told(env.probe(tokens, 1, rollout.updater.config.tokens).signals())
 
 
 @torch.no_grad()
@@ -107,15 +132,12 @@ def record_choices(method: Method, requests: Sequence[EditRequest]) -> None:
     """Note how often a policy chooses each module for ``requests`` on the unedited model, as it
     would while editing, for ``static_frequency``; it is saved with the editor."""
     rollout = method.rollout
-    selector, env = rollout.selector, rollout.env
+    selector = rollout.selector
     if not selector.learned or not requests:
         return
-    backbone, chosen = env.backbone, torch.zeros_like(selector.frequency)
+    chosen = torch.zeros_like(selector.frequency)
     for request in requests:
-        pair = [(request.prompt, request.target)]
-        tokens = encode(backbone.tokenizer, pair, padding_side="left").to(backbone.device)
-        signals = rollout.told(env.probe(tokens, 1, rollout.updater.config.tokens).signals())
-        chosen += selector.mode(selector.gate(signals, 1))[0]
+        chosen += selector.mode(selector.gate(_told(rollout, request), 1))[0]
     selector.frequency.copy_(chosen / len(requests))
 
 

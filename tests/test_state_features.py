@@ -16,6 +16,7 @@ from torch.testing import assert_close
 from hiedit.config import FEATURES, MethodConfig, SelectorConfig
 from hiedit.methods import build_method, load_editor, save_editor
 from hiedit.rl.checkpoint import Checkpoints
+from hiedit.rl.effects import effects_by_edit, feature_slopes
 from hiedit.rl.features import StateFeatures, first_order_gain
 from hiedit.types import EditBatch
 
@@ -91,6 +92,47 @@ def test_a_policy_starts_with_the_same_choices_with_and_without(backbone):
     two = without.rollout.selector(without.rollout.told(signals))
     assert torch.equal(one.logits, two.logits) and torch.equal(one.mask, two.mask)
     assert without.rollout.told(signals) is signals
+
+
+def test_slopes_are_those_of_a_regression_with_a_mean_per_module():
+    generator = torch.Generator().manual_seed(2)
+    state = torch.randn(40, 3, 2, generator=generator, dtype=torch.float64)
+    effects = state @ torch.tensor([0.7, -0.2], dtype=torch.float64) + torch.tensor([5.0, 0.0, -9.0])
+    assert_close(feature_slopes(effects, state, 1e-9), torch.tensor([0.7, -0.2]).double())
+    damaged = effects.clone()
+    damaged[3, 1] = torch.nan
+    damaged[7, 2] = -torch.inf
+    assert_close(feature_slopes(damaged, state, 1e-9), torch.tensor([0.7, -0.2]).double())
+    shrunk = feature_slopes(effects, state, 1.0)
+    assert 0.2 < float(shrunk[0]) < 0.6  # features of variance 1: about a half
+    nothing = feature_slopes(effects, torch.zeros_like(state))
+    assert torch.equal(nothing, torch.zeros(2).double())
+
+
+@pytest.mark.parametrize("estimator, standardised", [("counterfactual", False),
+                                                     ("straight_through", True)])  # fmt: skip
+def test_a_policy_may_start_from_a_regression_of_effects_on_features(
+    backbone, estimator, standardised
+):
+    changes = {"init": "regression", "init_scale": 1.5, "effect_edits": 48}
+    changes["estimator"] = estimator
+    method = built(backbone, "gain", "cost", **changes)
+    rollout, gate = method.rollout, method.rollout.selector.gate
+    effects = effects_by_edit(rollout.env, rollout.updater, REQUESTS)
+    told_of = [rollout.told(signals_of(method, r)).state for r in REQUESTS]
+    state = torch.cat(told_of)  # [E, L, F]
+    x = ((state - state.mean(0)) / state.std(0)).clamp(-8, 8).flatten(0, 1).double()
+    y = (effects - effects.mean(0)).flatten().double()
+    ridge = 0.01 * len(y) * torch.eye(2, dtype=torch.float64)
+    slopes = torch.linalg.inv(x.T @ x + ridge) @ x.T @ y
+    means = effects.mean(0)
+    scale = 1.5 / float(means.std()) if standardised else 1.5
+    assert slopes.abs().max() > 0
+    assert_close(gate.own.double(), scale * slopes, rtol=1e-3, atol=1e-5)
+    assert_close(gate.gate.bias, scale * (means - means.mean()), rtol=1e-3, atol=1e-5)
+    logits = torch.cat([rollout.selector(rollout.told(signals_of(method, r))).logits
+                        for r in REQUESTS])  # fmt: skip
+    assert (logits.std(0) > 0).all()  # it depends on the edit before any training
 
 
 def test_the_gates_gradient_is_that_of_finite_differences(backbone):
@@ -173,6 +215,7 @@ def test_training_moves_their_weights_and_a_resumed_run_has_the_same_bits(backbo
     [
         ("features='fulness'.*did you mean 'fullness'", lambda: told("fulness")),
         ("each once", lambda: told("gain", "gain")),
+        ("init='regression'.*features is empty", lambda: told(init="regression")),
         ("only for a policy.*kind='random'", lambda: SelectorConfig("random", features=["gain"])),
         (
             "'collision' is with protected keys",

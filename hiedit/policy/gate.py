@@ -87,6 +87,10 @@ class GateNetwork(nn.Module):
         logits = self.gate(features[:, self.order].flatten(1))
         if self.state_norm is None:
             return logits
-        state = self.state_norm(signals.state.transpose(0, 1)).transpose(0, 1)  # [E, L, F]
-        state = torch.where(state.isfinite(), state, 0.0)
+        state = self.standardised(signals.state)
         return logits + state @ self.own + state.flatten(1) @ self.others.T
+
+    def standardised(self, state: Tensor) -> Tensor:
+        """Features [E, L, F] by what was observed of each module's; 0 where they are not finite."""
+        state = self.state_norm(state.transpose(0, 1)).transpose(0, 1)
+        return torch.where(state.isfinite(), state, 0.0)

@@ -103,11 +103,13 @@ class Selector(nn.Module):
     def wants_effects(self) -> bool:
         """Whether single-module effects must be given before the first choice."""
         c = self.config
-        return (c.kind == "static" and not c.modules) or (c.learned and c.init == "effects")
+        return (c.kind == "static" and not c.modules) or (c.learned and c.init != "zero")
 
-    def set_effects(self, effects: Tensor) -> None:
+    def set_effects(self, effects: Tensor, slopes: Tensor | None = None) -> None:
         """effects: [L], larger is better; the static set, or where the policy's logits start. A
-        module whose effect is not finite (its shift broke the model) counts as the worst."""
+        module whose effect is not finite (its shift broke the model) counts as the worst. slopes:
+        [F], how effects change with each standardised feature, in their unit; the features'
+        shared weights then start there."""
         finite = effects.isfinite()
         worst = effects[finite].min() if bool(finite.any()) else effects.new_zeros(())
         effects = torch.where(finite, effects, worst)
@@ -115,12 +117,14 @@ class Selector(nn.Module):
             self.static_mask.copy_(top_k_mask(effects[None], self.k)[0])
         elif self.gate is not None:
             std = effects.std() if len(effects) > 1 else effects.new_ones(())
-            spread = (effects - effects.mean()) / std.clamp(min=1e-9)
             c = self.config
+            scale = c.init_scale / std.clamp(min=1e-9)
             if c.estimator == "counterfactual" and c.credit == "regress":
-                spread = effects - effects.mean()  # what is regressed has a unit
+                scale = c.init_scale  # what is regressed has a unit
             with torch.no_grad():
-                self.gate.gate.bias.copy_(c.init_scale * spread)
+                self.gate.gate.bias.copy_(scale * (effects - effects.mean()))
+                if slopes is not None:
+                    self.gate.own.copy_(scale * slopes)
 
     def set_static(self, mask: Tensor) -> None:
         """mask: [L] in {0, 1}, from now on that of every edit."""
