@@ -54,9 +54,10 @@ class SelectorConfig:
     effects on training edits). hidden: width of the policy's encoder. temperature: of the
     straight-through relaxation. init: where the policy's logits start, ``effects`` (single-module
     effects on training edits), ``regression`` (these, and the weights of ``features`` from the
-    least-squares fit of each edit's effects on them) or ``zero``. init_scale: their spread. lr: of the policy (Adam).
-    size_in_gate: whether the size penalty may move the gate (the published policy is trained by
-    nothing else). effect_edits: how many training edits the effects are measured on.
+    least-squares fit of each edit's effects on them) or ``zero``. init_scale: their spread. lr: of
+    the policy (Adam). size_in_gate: whether the size penalty may move the gate (the published
+    policy is trained by nothing else). effect_edits: how many training edits the effects are
+    measured on.
     every_pass: choose anew at every pass of an edit, instead of once per edit.
     estimator: of the policy's gradient. ``straight_through`` differentiates the executed top k;
     ``plackett_luce`` and ``bernoulli`` (which learns how many) draw ``samples`` masks and score
@@ -251,6 +252,9 @@ class PassesConfig:
 
     preserved: prompts that the base model answers, asked with every edit (not in training): the
     smallest probability in their answers has to exceed ``preserved_probability`` as well.
+    rehearsed: the same with earlier edits that are in effect. screened: that many of each are
+    drawn, and the model is asked how sure it is of them; the least sure are then asked with the
+    edit (0: no more are drawn than are asked).
     """
 
     max: int = 1
@@ -258,10 +262,13 @@ class PassesConfig:
     undo: bool = True
     preserved: int = 0
     preserved_probability: float = 0.5
+    rehearsed: int = 0
+    screened: int = 0
 
     def __post_init__(self):
         at_least("method.passes.max", self.max, 1)
-        at_least("method.passes.preserved", self.preserved, 0)
+        for key in ("preserved", "rehearsed", "screened"):
+            at_least(f"method.passes.{key}", getattr(self, key), 0)
         for key in ("target_probability", "preserved_probability"):
             value = getattr(self, key)
             if not 0 < value <= 1:

@@ -313,10 +313,10 @@ class Editor:
         return changed
 
     def _note_edited(self) -> None:
-        """Which preserved prompts may be about edits in effect follows from these alone, so that
-        an editor that is opened again asks the same ones."""
+        """What may be asked beside an edit follows from the edits in effect alone, so that an
+        editor that is opened again asks the same."""
         preserved = self._rollout.preserved
-        if preserved.pairs:
+        if preserved.asks:
             preserved.reset()
             preserved.edited(r.request for r in self.history() if r.status == ACTIVE)
 

@@ -89,7 +89,7 @@ def build_method(
         fit_protection(backbone, updater, pairs, facts)
     if config.passes.preserved:
         known = known_pairs(backbone, pairs, config.passes.preserved_probability)
-        method.rollout.preserved = Preserved(known, config.passes.preserved)
+        method.rollout.preserved = Preserved(known, config.passes)
     if frequency is not None:
         selector.set_static(top_k_mask(frequency[None], selector.k)[0])
     searches = config.selector.kind == "best_subset"
@@ -331,7 +331,7 @@ def editor_of(
         module.load_state_dict(state)
     if PRESERVED in tensors:
         pairs = Preserved.pairs_in(tensors[PRESERVED])
-        method.rollout.preserved = Preserved(pairs, config.passes.preserved)
+        method.rollout.preserved = Preserved(pairs, config.passes)
     method.rollout.updater.reset()
     return method
 

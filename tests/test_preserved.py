@@ -68,6 +68,10 @@ def config(each=2, selector=None, target=0.9, **passes):
     )
 
 
+def asking(pairs, each, **more):
+    return Preserved(pairs, PassesConfig(preserved=each, **more))
+
+
 def confidence(backbone, pairs):
     """[N]: the smallest probability in each answer."""
     with torch.no_grad():
@@ -79,7 +83,7 @@ def confidence(backbone, pairs):
 
 
 def test_a_draw_does_not_depend_on_the_draws_before():
-    one, other = Preserved(MANY, 5), Preserved(MANY, 5)
+    one, other = asking(MANY, 5), asking(MANY, 5)
     other.draw(EditBatch((BONN,)))
     drawn = one.draw(EditBatch((OSLO,)))
     assert drawn == other.draw(EditBatch((OSLO,))) and drawn != one.draw(EditBatch((BONN,)))
@@ -89,9 +93,9 @@ def test_a_draw_does_not_depend_on_the_draws_before():
 
 
 def test_few_pairs_are_drawn_whole_and_none_without_pairs():
-    assert sorted(Preserved(PAIRS, 9).draw(EditBatch((BONN,)))[0]) == sorted(PAIRS[1:])  # lies
-    assert Preserved((), 9).draw(EditBatch((BONN,))) == ([], [])
-    assert Preserved(PAIRS, 0).draw(EditBatch((BONN,))) == ([], [])
+    assert sorted(asking(PAIRS, 9).draw(EditBatch((BONN,)))[0]) == sorted(PAIRS[1:])  # lies
+    assert asking((), 9).draw(EditBatch((BONN,))) == ([], [])
+    assert asking(PAIRS, 0).draw(EditBatch((BONN,))) == ([], [])
 
 
 @pytest.mark.parametrize(
@@ -105,7 +109,7 @@ def test_few_pairs_are_drawn_whole_and_none_without_pairs():
     ],
 )
 def test_what_may_be_about_an_edit_is_asked_no_more(request_, about):
-    preserved = Preserved(MANY, 400)
+    preserved = asking(MANY, 400)
     assert preserved.about(request_) == about
     gone = {MANY[i] for i in about}
     assert set(MANY) - set(preserved.draw(EditBatch((request_,)))[0]) == gone
@@ -122,6 +126,64 @@ def test_only_what_the_base_model_answers_is_preserved(backbone):
     assert known_pairs(backbone, PAIRS, 1.0) == ()
 
 
+def test_the_least_sure_of_those_that_are_screened_are_asked():
+    seen = []
+
+    def sure(pairs):
+        seen.append(list(pairs))
+        return torch.tensor([float("nan") if p[1] == "Name 7" else float(p[1][5:]) for p in pairs])
+
+    screened = asking(MANY, 3, screened=20)
+    pairs, owner = screened.draw(EditBatch((OSLO, BONN)), sure)
+    assert len(seen) == 1 and len(seen[0]) == 40, "one question for the whole batch"
+    numbers = [[int(answer[5:]) for _, answer in some] for some in (seen[0][:20], seen[0][20:])]
+    wanted = [f"Name {n}" for some in numbers for n in sorted(some, key=lambda n: (n != 7, n))[:3]]
+    assert [answer for _, answer in pairs] == wanted and owner == [0] * 3 + [1] * 3
+    assert set(seen[0][:20]) >= set(asking(MANY, 20).draw(EditBatch((OSLO,)))[0])
+    one = asking(MANY, 3, screened=20)
+    assert len(one.draw(EditBatch((OSLO,)))[0]) == 3, "who cannot screen draws what is asked"
+    everything = asking(MANY, 400, screened=20)
+    assert len(everything.draw(EditBatch((OSLO,)), sure)[0]) == 400 and len(seen) == 1
+
+
+def earlier(preserved, request=CAIRO):
+    return {prompt for prompt, _ in preserved.draw(EditBatch((request,)))[0]}
+
+
+def test_earlier_edits_are_rehearsed_until_they_are_superseded():
+    kept = Preserved((), PassesConfig(rehearsed=9))
+    assert kept.asks and not earlier(kept)
+    facts = [
+        EditRequest("The mayor of Ulm is", "Ann", subject="Ulm", relation="mayor"),
+        EditRequest("Ulm lies in", "Chad", subject="Ulm", relation="country"),
+        EditRequest("Genoa has the port of", "Bari"),  # says neither its subject nor its relation
+    ]
+    kept.edited(facts)
+    assert earlier(kept) == {f.prompt for f in facts}
+    for request, left in [
+        (EditRequest("Who leads Ulm?", "Bo", subject="Ulm", relation="mayor"), {1, 2}),
+        (EditRequest("Who leads Ulm?", "Bo", subject="Ulm"), {2}),
+        (EditRequest("Genoa belongs to", "Peru"), {0, 1}),
+        (EditRequest("Ulm lies in", "Peru", subject="Ulm", relation="mayor"), {2}),
+    ]:
+        assert earlier(kept, request) == {facts[i].prompt for i in left}, request
+        assert earlier(kept) == {f.prompt for f in facts}, "a trial decides nothing"
+    kept.edited([EditRequest("Who leads Ulm?", "Bo", subject="Ulm", relation="mayor")])
+    assert earlier(kept) == {"Who leads Ulm?", "Ulm lies in", "Genoa has the port of"}
+    kept.reset()
+    assert not earlier(kept)
+
+
+def test_an_edit_asks_earlier_ones_beside_preserved_prompts():
+    both = asking(MANY, 2, rehearsed=2, screened=8)
+    both.edited(EditRequest(f"lamp {i} glows", "red") for i in range(6))
+    pairs, owner = both.draw(EditBatch((OSLO, BONN)), lambda some: torch.rand(len(some)))
+    assert owner == [0] * 4 + [1] * 4
+    assert [answer == "red" for _, answer in pairs] == [False, False, True, True] * 2
+    plain = Preserved(MANY, PassesConfig())
+    assert not plain.asks and plain.draw(EditBatch((OSLO,))) == ([], [])
+
+
 # An edit that asks them
 
 
@@ -131,7 +193,7 @@ def test_an_edit_is_done_when_preserved_prompts_hold_too(backbone):
     bold = dataclasses.replace(config(0), updater=UpdaterConfig(eta=0.4, lam=1.0))
     for each in (0, 4):
         made = build_method(backbone, bold, preserve=PAIRS[3:])
-        made.rollout.preserved = Preserved(PAIRS, each)
+        made.rollout.preserved = asking(PAIRS, each)
         outcome = made.rollout.step(EditBatch((CAIRO,)))
         assert outcome.held and outcome.mask.shape == (1, 4) and outcome.loss.shape == (1,)
         after[each], rows[each] = confidence(backbone, PAIRS), outcome.signals.edit.unique()
@@ -174,7 +236,7 @@ def test_prompts_that_hold_change_no_shift(backbone):
     made = build_method(backbone, config(0), preserve=PAIRS)
     plain = made.rollout.step(EditBatch((OSLO,)))
     made.rollout.reset()
-    made.rollout.preserved = Preserved(PAIRS, 1)
+    made.rollout.preserved = asking(PAIRS, 1)
     made.rollout.passes = dataclasses.replace(made.rollout.passes, preserved_probability=1e-30)
     asked = made.rollout.step(EditBatch((OSLO,)))
     assert asked.passes == plain.passes
@@ -182,12 +244,29 @@ def test_prompts_that_hold_change_no_shift(backbone):
         torch.testing.assert_close(asked.shifts[name].dense(), shift.dense(), rtol=1e-3, atol=1e-5)
 
 
+def test_an_edit_mends_earlier_ones_that_were_lost(backbone):
+    """The least sure of what is drawn is found, asked and held again."""
+    made = build_method(backbone, config(0, rehearsed=1, screened=4), preserve=PAIRS)
+    rollout, first = made.rollout, EditRequest("Ink smells of", "Mali")
+    rollout.step(EditBatch((first,)))
+    rollout.step(EditBatch((CAIRO,)))
+    kept, rollout.preserved = rollout.preserved, Preserved()
+    rollout.step(EditBatch((dataclasses.replace(first, target="Chad"),)))  # nobody noted this one
+    assert confidence(backbone, [(first.prompt, first.target)]) < 0.5
+    rollout.preserved = kept
+    for _ in range(2):
+        outcome = rollout.step(EditBatch((EditRequest("Snow feels", "warm"),)))
+        assert outcome.held
+    assert confidence(backbone, [(first.prompt, first.target)]) > 0.5
+    rollout.reset()
+
+
 # Kept with the editor, and following the ledger
 
 
 def test_a_saved_editor_asks_the_same(backbone, tmp_path):
     made = build_method(backbone, config(2), preserve=PAIRS)
-    made.rollout.preserved = Preserved([("Zürich is in", "“Uri”"), *PAIRS], 2)
+    made.rollout.preserved = asking([("Zürich is in", "“Uri”"), *PAIRS], 2)
     loaded = load_editor(backbone, save_editor(made, tmp_path))
     copied = editor_of(backbone, made.config, editor_tensors(made))
     batch = EditBatch((OSLO, BONN))
@@ -215,31 +294,33 @@ def test_an_editor_asks_nothing_about_its_edits_in_effect(knowing, tmp_path):
 
     def open_editor():
         unedited = Backbone(copy.deepcopy(knowing), tiny_tokenizer(), MODULES)
-        made = build_method(unedited, config(4), preserve=PAIRS)
+        made = build_method(unedited, config(4, rehearsed=4), preserve=PAIRS)
         return Editor(made, tmp_path / "edits")
 
-    def asks(editor):
-        return PAIRS[0] in editor._rollout.preserved.draw(EditBatch((CAIRO,)))[0]
+    def asks(editor, pair=PAIRS[0]):
+        return pair in editor._rollout.preserved.draw(EditBatch((CAIRO,)))[0]
 
     request = EditRequest("The country where Rome is:", "Mali")
     other = EditRequest("Ink smells of", "Mali")
     with open_editor() as editor:
         assert asks(editor)
         ids = editor.edit([request])
-        assert ids and not asks(editor)
+        assert ids and not asks(editor) and asks(editor, (request.prompt, request.target))
     with open_editor() as editor:
-        assert not asks(editor)
+        assert not asks(editor) and asks(editor, (request.prompt, request.target))
         editor.edit([other])
         editor.revert(ids)
-        assert asks(editor)
+        assert asks(editor) and not asks(editor, (request.prompt, request.target))
         editor.restore(ids)
-        assert not asks(editor)
+        assert not asks(editor) and asks(editor, (request.prompt, request.target))
 
 
 @pytest.mark.parametrize(
     "wrong, message",
     [
         ({"preserved": -1}, "preserved=-1"),
+        ({"rehearsed": -1}, "rehearsed=-1"),
+        ({"screened": -2}, "screened=-2"),
         ({"preserved_probability": 0.0}, "preserved_probability=0.0"),
         ({"preserved_probability": 1.5}, r"preserved_probability=1.5: it must lie in \(0, 1\]"),
     ],

@@ -97,7 +97,8 @@ def test_a_policy_starts_with_the_same_choices_with_and_without(backbone):
 def test_slopes_are_those_of_a_regression_with_a_mean_per_module():
     generator = torch.Generator().manual_seed(2)
     state = torch.randn(40, 3, 2, generator=generator, dtype=torch.float64)
-    effects = state @ torch.tensor([0.7, -0.2], dtype=torch.float64) + torch.tensor([5.0, 0.0, -9.0])
+    slopes = torch.tensor([0.7, -0.2], dtype=torch.float64)
+    effects = state @ slopes + torch.tensor([5.0, 0.0, -9.0])
     assert_close(feature_slopes(effects, state, 1e-9), torch.tensor([0.7, -0.2]).double())
     damaged = effects.clone()
     damaged[3, 1] = torch.nan

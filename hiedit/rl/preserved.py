@@ -1,9 +1,11 @@
-"""Prompts to preserve that an edit asks beside its own: it is done only when they hold as well.
+"""What an edit has to leave standing: it is done only when some of that, asked beside it, holds.
 
 What the protection keeps apart (``k^T P k``) still drifts over hundreds of edits, a little with
-each. So an option ends when its edit holds *and* some preserved prompts, drawn anew for every edit,
-still get the base model's answer; the same shift then serves both. Prompts that may be about what
-was edited are asked no more: they would take the edit back.
+each. So an option ends when its edit holds *and* some preserved prompts still get the base model's
+answer, and some earlier edits theirs; the same shift then serves all of them. Of those that are
+drawn anew for every edit, the model is asked how sure it is, and the least sure are kept: what is
+lost is found and mended. What may be about the edited fact is left out: it would take the edit
+back.
 """
 
 from __future__ import annotations
@@ -12,60 +14,108 @@ import json
 import random
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
 from hiedit.backbone.losses import answer_confidence
 from hiedit.backbone.model import Backbone
+from hiedit.config import PassesConfig
 from hiedit.data.tokens import encode
 from hiedit.rl.reference import Pair
 from hiedit.types import EditBatch, EditRequest
 
-RARE = 0.02  # share of the pairs; a word in more of them says nothing about what a prompt is about
-FEW = 3  # pairs, or as few as this
+RARE = 0.02  # share of the prompts; a word in more of them does not tell what a prompt is about
+FEW = 3  # prompts, or as few as this
 SHORT = 3  # letters; words of no more (of, in, is) do not tell what a prompt is about
+
+Sure = Callable[[Sequence[Pair]], Tensor]  # [N]: the smallest probability in each pair's answer
+Drawn = tuple[int, int, list[Pair]]  # (edit of the batch, how many to ask, what was drawn)
 
 
 class Preserved:
-    """Draws ``each`` of ``pairs`` for every edit, by it and the edits in effect alone: whatever was
-    drawn before, an edit that is repeated draws the same.
+    """Draws, for every edit, ``passes.preserved`` of ``pairs`` and ``passes.rehearsed`` of the
+    earlier edits in effect: the least sure of ``passes.screened`` of each. What is drawn depends
+    on the edit and the edits in effect alone: an edit that is repeated draws the same.
 
     A pair may be about an edited fact, and is left out from then on, where its prompt names the
-    edit's subject or, if the edit's own prompt names none, shares a rare word with that.
+    edit's subject or, if the edit's own prompt names none, shares a rare word with that. An
+    earlier edit is left out for the same reasons, unless the relations of both are known and
+    differ; and where its prompt is the same.
     """
 
-    def __init__(self, pairs: Iterable[Pair] = (), each: int = 0):
-        self.each, self.pairs = each, tuple(pairs)
-        self._holding: dict[str, set[int]] = defaultdict(set)  # word -> pairs with it
+    def __init__(self, pairs: Iterable[Pair] = (), passes: PassesConfig | None = None):
+        self.passes, self.pairs = passes or PassesConfig(), tuple(pairs)
+        self._naming = _Naming()
         for i, (prompt, _) in enumerate(self.pairs):
-            for word in words(prompt):
-                self._holding[word].add(i)
-        self._edited: set[int] = set()
+            self._naming.add(i, prompt)
+        self.reset()
 
-    def draw(self, batch: EditBatch) -> tuple[list[Pair], list[int]]:
-        """(pairs, the edit of the batch that each belongs to)."""
-        if not self.each or not self.pairs:
-            return [], []
+    @property
+    def asks(self) -> bool:
+        """Whether anything may ever be asked."""
+        return bool(self.passes.rehearsed or self.passes.preserved and self.pairs)
+
+    def draw(self, batch: EditBatch, sure: Sure | None = None) -> tuple[list[Pair], list[int]]:
+        """(pairs, the edit of the batch that each belongs to); ``sure`` screens what is drawn,
+        without it as few are drawn as are asked."""
+        drawn = self._preserved(batch, sure) + self._rehearsed(batch, sure)  # per kind and edit
+        if sure is not None and any(len(some) > asked for _, asked, some in drawn):
+            screened = sure([pair for _, _, some in drawn for pair in some])
+            probability = iter(screened.nan_to_num(nan=0.0).tolist())
+            for _, asked, some in drawn:
+                least = sorted((next(probability), i) for i in range(len(some)))[:asked]
+                some[:] = [some[i] for _, i in least]
+        drawn.sort(key=lambda found: found[0])
+        pairs = [pair for _, _, some in drawn for pair in some]
+        return pairs, [edit for edit, _, some in drawn for _ in some]
+
+    def _preserved(self, batch: EditBatch, sure: Sure | None) -> list[Drawn]:
+        asked = self.passes.preserved
+        if not asked or not self.pairs:
+            return []
         gone = self._edited.union(*(self.about(r) for r in batch.requests))
         left = [i for i in range(len(self.pairs)) if i not in gone]
-        pairs, owner = [], []
+        return [
+            (edit, asked, [self.pairs[i] for i in self._sample("preserved", r, left, asked, sure)])
+            for edit, r in enumerate(batch.requests)
+        ]
+
+    def _rehearsed(self, batch: EditBatch, sure: Sure | None) -> list[Drawn]:
+        asked = self.passes.rehearsed
+        if not asked or not self._earlier:
+            return []
+        gone = set().union(*(self._superseded(r) for r in batch.requests))
+        left = [i for i in self._earlier if i not in gone]
+        found = []
         for edit, request in enumerate(batch.requests):
-            draw = random.Random(f"preserved/{request.prompt}/{request.target}")
-            drawn = draw.sample(left, min(self.each, len(left)))
-            pairs += [self.pairs[i] for i in drawn]
-            owner += [edit] * len(drawn)
-        return pairs, owner
+            some = [self._earlier[i] for i in self._sample("earlier", request, left, asked, sure)]
+            found.append((edit, asked, [(r.prompt, r.target) for r in some]))
+        return found
+
+    def _sample(self, kind: str, request: EditRequest, left, asked: int, sure) -> list[int]:
+        draw = random.Random(f"{kind}/{request.prompt}/{request.target}")
+        many = asked if sure is None else max(asked, self.passes.screened)
+        return draw.sample(left, min(many, len(left)))
 
     def edited(self, requests: Iterable[EditRequest]) -> None:
         """These were committed."""
         for request in requests:
             self._edited.update(self.about(request))
+            if self.passes.rehearsed:
+                for i in self._superseded(request):
+                    self._since.remove(i, self._earlier.pop(i).prompt)
+                self._earlier[self._count] = request
+                self._since.add(self._count, request.prompt)
+                self._count += 1
 
     def reset(self) -> None:
         """Nothing is edited."""
-        self._edited.clear()
+        self._edited: set[int] = set()  # of the pairs, what may be about an edit
+        self._earlier: dict[int, EditRequest] = {}  # in the order of the edits
+        self._since = _Naming()
+        self._count = 0
 
     def as_tensor(self) -> Tensor:
         """uint8 [bytes]: the pairs, as they travel and are saved with an editor's tensors."""
@@ -82,16 +132,51 @@ class Preserved:
 
     def about(self, request: EditRequest) -> set[int]:
         """Which pairs may be about what ``request`` edits."""
+        return self._about(request, self._naming)
+
+    def _superseded(self, request: EditRequest) -> set[int]:
+        """Which earlier edits may be about what ``request`` edits."""
+        found = self._about(request, self._since)
+        return {i for i in found if not _differ(self._earlier[i], request)} | {
+            i for i in self._since.naming(words(request.prompt))
+            if self._earlier[i].prompt == request.prompt
+        }  # fmt: skip
+
+    def _about(self, request: EditRequest, prompts: _Naming) -> set[int]:
         named = words(request.subject or "")
         if named and named <= words(request.prompt):
-            return set.intersection(*(self._holding.get(word, set()) for word in named))
-        few = max(FEW, int(RARE * len(self.pairs)))
-        found: set[int] = set()
-        for word in telling(request.prompt):
-            holding = self._holding.get(word, set())
-            if len(holding) <= few:
-                found |= holding
-        return found
+            return prompts.naming(named)
+        few = max(FEW, int(RARE * (len(self.pairs) + len(self._earlier))))
+        rare = (word for word in telling(request.prompt) if self._many(word) <= few)
+        return set().union(*(prompts.holding[word] for word in rare))
+
+    def _many(self, word: str) -> int:
+        """How many prompts have it."""
+        return len(self._naming.holding[word]) + len(self._since.holding[word])
+
+
+class _Naming:
+    """Prompts by the words that they name."""
+
+    def __init__(self):
+        self.holding: dict[str, set[int]] = defaultdict(set)  # word -> prompts with it
+
+    def add(self, prompt: int, text: str) -> None:
+        for word in words(text):
+            self.holding[word].add(prompt)
+
+    def remove(self, prompt: int, text: str) -> None:
+        for word in words(text):
+            self.holding[word].discard(prompt)
+
+    def naming(self, some: set[str]) -> set[int]:
+        """The prompts with every word of ``some``."""
+        return set.intersection(*(self.holding[word] for word in some)) if some else set()
+
+
+def _differ(one: EditRequest, other: EditRequest) -> bool:
+    """Whether both say which relation they are of, and it is not the same."""
+    return bool(one.relation and other.relation and one.relation != other.relation)
 
 
 def words(text: str) -> set[str]:
@@ -115,10 +200,15 @@ def known_pairs(
 ) -> tuple[Pair, ...]:
     """Those whose answer the model gives, every token with more than ``probability``; to be asked
     of the base model, whose knowledge it is."""
-    known: list[Pair] = []
+    sure = sureness(backbone, pairs, batch) > probability
+    return tuple(pair for pair, on in zip(pairs, sure.tolist(), strict=True) if on)
+
+
+@torch.no_grad()
+def sureness(backbone: Backbone, pairs: Sequence[Pair], batch: int = 64) -> Tensor:
+    """[N]: the smallest probability of any token in each pair's answer, of the model as it is."""
+    found = []
     for i in range(0, len(pairs), batch):
-        some = pairs[i : i + batch]
-        tokens = encode(backbone.tokenizer, list(some), padding_side="left").to(backbone.device)
-        sure = answer_confidence(backbone.answers(tokens)) > probability
-        known += [pair for pair, on in zip(some, sure.tolist(), strict=True) if on]
-    return tuple(known)
+        tokens = encode(backbone.tokenizer, list(pairs[i : i + batch]), padding_side="left")
+        found.append(answer_confidence(backbone.answers(tokens.to(backbone.device))))
+    return torch.cat(found) if found else torch.zeros(0)

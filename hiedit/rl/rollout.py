@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
 from hiedit.rl.features import StateFeatures, gain_over_energy
-from hiedit.rl.preserved import Preserved
+from hiedit.rl.preserved import Preserved, sureness
 from hiedit.rl.reference import Pair
 from hiedit.types import Action, EditBatch, EditRequest, Shift, Shifts, Signals
 from hiedit.updaters.updater import Updater
@@ -65,7 +66,7 @@ class Rollout:
         observe: bool = True,
         preserved: Preserved | None = None,
     ):
-        self.preserved = preserved or Preserved()
+        self.preserved = preserved or Preserved((), passes)
         self.env, self.selector, self.updater = env, selector, updater
         self.passes, self.observe = passes, observe
         told = selector.config.features
@@ -106,7 +107,7 @@ class Rollout:
         """The same on trial: its passes are pending, for ``commit`` or ``env.drop`` to settle."""
         self.env.drop()
         edits = len(batch)
-        asked, owner = self.preserved.draw(batch) if on_pass is None else ([], [])
+        asked, owner = self._asked(batch) if on_pass is None else ([], [])
         tokens, target = self._encode(batch, asked), self._targets(edits, len(asked))
         masks: list[Tensor] = []  # [E, L] of the passes on trial
         choice: Choice = None  # of the edit, unless every pass makes its own
@@ -186,6 +187,12 @@ class Rollout:
         held = bool((confidence > self.passes.target_probability).all())
         shifts = self.env.trial()
         return Outcome(union, used, loss, confidence, held, shifts, signals, batch.requests)
+
+    def _asked(self, batch: EditBatch) -> tuple[list[Pair], list[int]]:
+        """What has to hold beside the edits, and the edit of each; the weights are committed."""
+        backbone = self.env.backbone
+        screen = partial(sureness, backbone) if self.passes.screened else None
+        return self.preserved.draw(batch, screen)
 
     def _encode(self, batch: EditBatch, asked: Sequence[Pair] = ()):
         """One sequence per edit, then one per preserved prompt."""
