@@ -53,11 +53,11 @@ class SelectorConfig:
     k: how many (None: half of them). modules: the set of ``static`` (None: found by single-module
     effects on training edits). hidden: width of the policy's encoder. temperature: of the
     straight-through relaxation. init: where the policy's logits start, ``effects`` (single-module
-    effects on training edits), ``regression`` (these, and the weights of ``features`` from the
-    least-squares fit of each edit's effects on them) or ``zero``. init_scale: their spread. lr: of
-    the policy (Adam). size_in_gate: whether the size penalty may move the gate (the published
-    policy is trained by nothing else). effect_edits: how many training edits the effects are
-    measured on.
+    effects on training edits), ``gain`` (for each edit, log of first-order gain over root energy:
+    what ``kind: gain`` ranks by; from features ``gain`` and ``cost``) or ``zero``. init_scale: the
+    spread of ``effects``. lr: of the policy (Adam). size_in_gate: whether the size penalty may move
+    the gate (the published policy is trained by nothing else). effect_edits: how many training
+    edits the effects are measured on.
     every_pass: choose anew at every pass of an edit, instead of once per edit.
     estimator: of the policy's gradient. ``straight_through`` differentiates the executed top k;
     ``plackett_luce`` and ``bernoulli`` (which learns how many) draw ``samples`` masks and score
@@ -101,11 +101,11 @@ class SelectorConfig:
                 f"method.selector.features={self.features!r}: each once, and only for a policy "
                 f"(method.selector.kind={self.kind!r}; valid: {', '.join(LEARNED_SELECTORS)})"
             )
-        choice("method.selector.init", self.init, ("zero", "effects", "regression"))
-        if self.init == "regression" and not self.features:
+        choice("method.selector.init", self.init, ("zero", "effects", "gain"))
+        if self.init == "gain" and not {"gain", "cost"} <= set(self.features):
             raise ValueError(
-                f"method.selector.init={self.init!r}: it fits the weights of features, and "
-                f"method.selector.features is empty; valid are {', '.join(FEATURES)}"
+                f"method.selector.init={self.init!r}: it is computed from two features; add 'gain' "
+                f"and 'cost' to method.selector.features={self.features!r}"
             )
         if self.k is not None:
             at_least("method.selector.k", self.k, 1)

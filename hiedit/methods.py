@@ -19,12 +19,7 @@ from hiedit.backbone.moments import key_moments, phrasing_scatter
 from hiedit.config import MethodConfig, TrainConfig, choice, from_mapping
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector, top_k_mask
-from hiedit.rl.effects import (
-    best_subset,
-    effects_by_edit,
-    feature_slopes,
-    single_module_effects,
-)
+from hiedit.rl.effects import best_subset, single_module_effects
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
@@ -102,22 +97,9 @@ def build_method(
         sample = list(train)[: config.selector.effect_edits]
         if searches:
             selector.set_static(best_subset(env, updater, sample, selector.k))
-        elif selector.config.init == "regression":
-            _start_from_regression(method.rollout, sample)
         else:
             selector.set_effects(single_module_effects(env, updater, sample))
     return method
-
-
-@torch.no_grad()
-def _start_from_regression(rollout: Rollout, sample: Sequence[EditRequest]) -> None:
-    """A policy whose logits are each edit's single-module effects, as far as features tell them."""
-    gate = rollout.selector.gate
-    effects = effects_by_edit(rollout.env, rollout.updater, sample)
-    state = torch.cat([_told(rollout, request).state for request in sample])
-    gate.state_norm.observe(state.transpose(0, 1))
-    slopes = feature_slopes(effects, gate.standardised(state))
-    rollout.selector.set_effects(effects.sum(0) / len(effects), slopes)
 
 
 def _told(rollout: Rollout, request: EditRequest) -> Signals:

@@ -142,7 +142,7 @@ def test_a_hydra_key_is_not_blamed_for_the_mistake_of_another():
     ("cls", "values", "expected"),
     [
         (SelectorConfig, {"kind": "polcy"}, "selector.kind='polcy'.*did you mean 'policy'"),
-        (SelectorConfig, {"init": "ones"}, "init='ones': valid are zero, effects, regression"),
+        (SelectorConfig, {"init": "ones"}, "init='ones': valid are zero, effects, gain"),
         (SelectorConfig, {"estimator": "reinforce"}, "selector.estimator='reinforce': valid are"),
         (SelectorConfig, {"baseline": "mean"}, "selector.baseline='mean': valid are self_critical"),
         (SelectorConfig, {"credit": "sort"}, "selector.credit='sort': valid are regress, rank"),

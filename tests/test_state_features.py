@@ -15,9 +15,9 @@ from torch.testing import assert_close
 
 from hiedit.config import FEATURES, MethodConfig, SelectorConfig
 from hiedit.methods import build_method, load_editor, save_editor
+from hiedit.policy.selectors import top_k_mask
 from hiedit.rl.checkpoint import Checkpoints
-from hiedit.rl.effects import effects_by_edit, feature_slopes
-from hiedit.rl.features import StateFeatures, first_order_gain
+from hiedit.rl.features import StateFeatures, first_order_gain, gain_over_energy
 from hiedit.types import EditBatch
 
 
@@ -94,46 +94,27 @@ def test_a_policy_starts_with_the_same_choices_with_and_without(backbone):
     assert without.rollout.told(signals) is signals
 
 
-def test_slopes_are_those_of_a_regression_with_a_mean_per_module():
-    generator = torch.Generator().manual_seed(2)
-    state = torch.randn(40, 3, 2, generator=generator, dtype=torch.float64)
-    slopes = torch.tensor([0.7, -0.2], dtype=torch.float64)
-    effects = state @ slopes + torch.tensor([5.0, 0.0, -9.0])
-    assert_close(feature_slopes(effects, state, 1e-9), torch.tensor([0.7, -0.2]).double())
-    damaged = effects.clone()
-    damaged[3, 1] = torch.nan
-    damaged[7, 2] = -torch.inf
-    assert_close(feature_slopes(damaged, state, 1e-9), torch.tensor([0.7, -0.2]).double())
-    shrunk = feature_slopes(effects, state, 1.0)
-    assert 0.2 < float(shrunk[0]) < 0.6  # features of variance 1: about a half
-    nothing = feature_slopes(effects, torch.zeros_like(state))
-    assert torch.equal(nothing, torch.zeros(2).double())
-
-
-@pytest.mark.parametrize("estimator, standardised", [("counterfactual", False),
-                                                     ("straight_through", True)])  # fmt: skip
-def test_a_policy_may_start_from_a_regression_of_effects_on_features(
-    backbone, estimator, standardised
-):
-    changes = {"init": "regression", "init_scale": 1.5, "effect_edits": 48}
-    changes["estimator"] = estimator
-    method = built(backbone, "gain", "cost", **changes)
-    rollout, gate = method.rollout, method.rollout.selector.gate
-    effects = effects_by_edit(rollout.env, rollout.updater, REQUESTS)
-    told_of = [rollout.told(signals_of(method, r)).state for r in REQUESTS]
-    state = torch.cat(told_of)  # [E, L, F]
-    x = ((state - state.mean(0)) / state.std(0)).clamp(-8, 8).flatten(0, 1).double()
-    y = (effects - effects.mean(0)).flatten().double()
-    ridge = 0.01 * len(y) * torch.eye(2, dtype=torch.float64)
-    slopes = torch.linalg.inv(x.T @ x + ridge) @ x.T @ y
-    means = effects.mean(0)
-    scale = 1.5 / float(means.std()) if standardised else 1.5
-    assert slopes.abs().max() > 0
-    assert_close(gate.own.double(), scale * slopes, rtol=1e-3, atol=1e-5)
-    assert_close(gate.gate.bias, scale * (means - means.mean()), rtol=1e-3, atol=1e-5)
-    logits = torch.cat([rollout.selector(rollout.told(signals_of(method, r))).logits
-                        for r in REQUESTS])  # fmt: skip
-    assert (logits.std(0) > 0).all()  # it depends on the edit before any training
+@pytest.mark.parametrize("estimator", ["straight_through", "counterfactual"])
+def test_a_policy_may_start_from_gain_over_root_energy(backbone, estimator):
+    """Its first choices are those of ``kind: gain``, its logits that ratio's log."""
+    changes = {"init": "gain", "estimator": estimator, "credit": "rank"}
+    rollout = built(backbone, "collision", "cost", "gain", **changes).rollout
+    gate = rollout.selector.gate
+    with torch.no_grad():
+        gate.gate.weight.zero_()
+    for request in REQUESTS:
+        signals = rollout.told(signals_of(built(backbone), request))
+        ratio = gain_over_energy(rollout.updater, signals)
+        action = rollout.selector(signals)
+        assert torch.equal(action.mask, top_k_mask(ratio, rollout.selector.k))
+        some = ratio > 1e-3
+        assert some.any()
+        assert_close(action.logits[some], ratio[some].log(), rtol=1e-3, atol=1e-3)
+    state = signals.state.clone()
+    best = int(action.logits.argmax())
+    state[0, best, 2] = torch.nan
+    broken = rollout.selector(dataclasses.replace(signals, state=state))
+    assert not broken.mask[0, best] and broken.logits.isfinite().all()
 
 
 def test_the_gates_gradient_is_that_of_finite_differences(backbone):
@@ -216,7 +197,7 @@ def test_training_moves_their_weights_and_a_resumed_run_has_the_same_bits(backbo
     [
         ("features='fulness'.*did you mean 'fullness'", lambda: told("fulness")),
         ("each once", lambda: told("gain", "gain")),
-        ("init='regression'.*features is empty", lambda: told(init="regression")),
+        ("init='gain'.*add 'gain' and 'cost'", lambda: told("gain", init="gain")),
         ("only for a policy.*kind='random'", lambda: SelectorConfig("random", features=["gain"])),
         (
             "'collision' is with protected keys",

@@ -136,6 +136,19 @@ def test_running_norm_clamps_to_standard_deviations(clamp):
     assert (out[0, 1].abs() < 0.5).all()
 
 
+def test_pooled_a_module_that_hardly_moves_is_not_blown_up():
+    x = torch.randn(3, 200, 1, generator=torch.Generator().manual_seed(0)) + 5.0
+    x[2] = -27.0  # always the same there
+    alone, pooled = RunningNorm(3, 1), RunningNorm(3, 1, pooled=True)
+    for norm in (alone, pooled):
+        norm.observe(x)
+    wanted = (x.var(1).mean(0)).sqrt()
+    assert_close(pooled.std, wanted.expand(3, 1))
+    assert_close(pooled(x), (x - x.mean(1, keepdim=True)) / wanted)
+    little = torch.full((3, 1, 1), -26.9)
+    assert float(alone(little)[2]) == 8.0 and 0 < float(pooled(little)[2]) < 0.2
+
+
 def test_running_norm_is_the_identity_before_data():
     x = torch.full((2, 3, 4), 1e6)
     norm = RunningNorm(2, 4, clamp=8.0)

@@ -24,12 +24,16 @@ class RunningNorm(nn.Module):
 
     Chan et al. 1979, "Updating formulae and a pairwise algorithm for computing sample variances".
     The statistics are part of the state dict: a trained editor goes on where training ended.
-    Before anything was observed, ``forward`` is the identity.
+    Before anything was observed, ``forward`` is the identity. pooled: one deviation per feature
+    for all modules, each around its own mean; a feature that hardly ever moves in some module then
+    does not become all that is seen of it when it moves a little.
     """
 
-    def __init__(self, modules: int, features: int, clamp: float | None = 8.0):
+    def __init__(
+        self, modules: int, features: int, clamp: float | None = 8.0, pooled: bool = False
+    ):
         super().__init__()
-        self.clamp = clamp
+        self.clamp, self.pooled = clamp, pooled
         self.register_buffer("count", torch.zeros((), dtype=torch.float64))
         self.register_buffer("mean", torch.zeros(modules, features))
         self.register_buffer("m2", torch.zeros(modules, features))
@@ -57,7 +61,10 @@ class RunningNorm(nn.Module):
         """[M, D], floored relative to the module's largest so that a dead feature stays finite."""
         if self.count < 2:
             return torch.ones_like(self.m2)
-        std = (self.m2 / (self.count - 1)).float().sqrt()
+        variance = self.m2 / (self.count - 1)
+        if self.pooled:
+            variance = variance.mean(0, keepdim=True).expand_as(variance)
+        std = variance.float().sqrt()
         floor = 1e-3 * std.amax(-1, keepdim=True)
         return std.maximum(floor).clamp(min=1e-12)
 

@@ -5,7 +5,7 @@ Shapes: ``E`` edits, ``T`` edit tokens, ``L`` modules, ``M`` of them of one shap
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from hiedit.backbone.normalise import RunningNorm, stack_group
 from hiedit.types import Signals
+
+NEVER = -100.0  # a logit: of a module whose features are not finite, where they decide
 
 
 class Encoder(nn.Module):
@@ -49,9 +51,11 @@ class Encoder(nn.Module):
 class GateNetwork(nn.Module):
     """Encoders by weight shape, concatenated over modules, and a linear gate (design, section 3).
 
-    The gate's weights start small, so that the first choices follow its bias. ``features`` numbers
-    per module (``Signals.state``) reach the logits through weights that start at zero: a module's
-    own through weights that all modules share, everyone's through a matrix.
+    The gate's weights start small, so that the first choices follow its bias. Features of each
+    module (``Signals.state``) reach the logits through weights that start at zero: a module's
+    own through weights that all modules share, everyone's through a matrix. ``features`` [F] are
+    what each counts from the start, as it is (not standardised) and for good: a prior that the
+    rest learns to correct.
     """
 
     def __init__(
@@ -60,7 +64,7 @@ class GateNetwork(nn.Module):
         groups: Mapping[tuple[int, int], list[str]],
         hidden: int,
         clamp: float = 8.0,
-        features: int = 0,
+        features: Sequence[float] = (),
     ):
         super().__init__()
         self.encoders = nn.ModuleList(Encoder(g, s, hidden, clamp) for s, g in groups.items())
@@ -69,10 +73,13 @@ class GateNetwork(nn.Module):
         self.gate = nn.Linear(hidden * len(names), len(names))
         nn.init.normal_(self.gate.weight, std=0.1 / (hidden * len(names)) ** 0.5)
         nn.init.zeros_(self.gate.bias)
-        self.state_norm = RunningNorm(len(names), features, clamp) if features else None
+        self.state_norm, self.features = None, tuple(features)
         if features:
-            self.own = nn.Parameter(torch.zeros(features))
-            self.others = nn.Parameter(torch.zeros(len(names), len(names) * features))
+            self.register_buffer("prior", torch.tensor(features), persistent=False)
+            told = len(features)
+            self.state_norm = RunningNorm(len(names), told, clamp, pooled=True)
+            self.own = nn.Parameter(torch.zeros(told))
+            self.others = nn.Parameter(torch.zeros(len(names), len(names) * told))
 
     def observe(self, signals: Signals) -> None:
         """Update the normalisers (the published code never does: design, section 3)."""
@@ -87,6 +94,9 @@ class GateNetwork(nn.Module):
         logits = self.gate(features[:, self.order].flatten(1))
         if self.state_norm is None:
             return logits
+        if any(self.features):
+            prior = signals.state @ self.prior
+            logits = logits + torch.where(prior.isfinite(), prior, NEVER)
         state = self.standardised(signals.state)
         return logits + state @ self.own + state.flatten(1) @ self.others.T
 

@@ -67,9 +67,10 @@ class Selector(nn.Module):
                 f"valid are 1 to {total}"
             )
         self.generator = torch.Generator().manual_seed(seed)
-        told = len(config.features)
+        prior = {"gain": 1.0, "cost": -0.5} if config.init == "gain" else {}
+        weights = [prior.get(feature, 0.0) for feature in config.features]
         self.gate = (
-            GateNetwork(self.names, groups, config.hidden, features=told)
+            GateNetwork(self.names, groups, config.hidden, features=weights)
             if config.learned
             else None
         )
@@ -103,13 +104,11 @@ class Selector(nn.Module):
     def wants_effects(self) -> bool:
         """Whether single-module effects must be given before the first choice."""
         c = self.config
-        return (c.kind == "static" and not c.modules) or (c.learned and c.init != "zero")
+        return (c.kind == "static" and not c.modules) or (c.learned and c.init == "effects")
 
-    def set_effects(self, effects: Tensor, slopes: Tensor | None = None) -> None:
+    def set_effects(self, effects: Tensor) -> None:
         """effects: [L], larger is better; the static set, or where the policy's logits start. A
-        module whose effect is not finite (its shift broke the model) counts as the worst. slopes:
-        [F], how effects change with each standardised feature, in their unit; the features'
-        shared weights then start there."""
+        module whose effect is not finite (its shift broke the model) counts as the worst."""
         finite = effects.isfinite()
         worst = effects[finite].min() if bool(finite.any()) else effects.new_zeros(())
         effects = torch.where(finite, effects, worst)
@@ -117,14 +116,12 @@ class Selector(nn.Module):
             self.static_mask.copy_(top_k_mask(effects[None], self.k)[0])
         elif self.gate is not None:
             std = effects.std() if len(effects) > 1 else effects.new_ones(())
+            spread = (effects - effects.mean()) / std.clamp(min=1e-9)
             c = self.config
-            scale = c.init_scale / std.clamp(min=1e-9)
             if c.estimator == "counterfactual" and c.credit == "regress":
-                scale = c.init_scale  # what is regressed has a unit
+                spread = effects - effects.mean()  # what is regressed has a unit
             with torch.no_grad():
-                self.gate.gate.bias.copy_(scale * (effects - effects.mean()))
-                if slopes is not None:
-                    self.gate.own.copy_(scale * slopes)
+                self.gate.gate.bias.copy_(c.init_scale * spread)
 
     def set_static(self, mask: Tensor) -> None:
         """mask: [L] in {0, 1}, from now on that of every edit."""

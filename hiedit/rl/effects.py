@@ -55,24 +55,6 @@ def effects_by_edit(
     return torch.stack(rows) if rows else torch.zeros(0, len(every), device=backbone.device)
 
 
-def feature_slopes(effects: Tensor, state: Tensor, ridge: float = 0.01) -> Tensor:
-    """[F]: least-squares slopes of an edit's single-module effects on the features of that edit
-    and module, one set of slopes for all modules, each of which has a mean of its own.
-
-    effects: [E, L] (``effects_by_edit``); one that is not finite is left out. state: [E, L, F],
-    standardised by module. ridge: on each slope, as a share of the number of effects.
-    """
-    sound = effects.isfinite()
-    count = sound.sum(0).clamp(min=1)  # [L]
-    x = state.double() * sound[..., None]
-    y = torch.where(sound, effects, 0.0).double()
-    x = (x - x.sum(0) / count[:, None]) * sound[..., None]
-    y = (y - y.sum(0) / count) * sound
-    x, y = x.flatten(0, 1), y.flatten()
-    weight = max(1, int(sound.sum())) * ridge * torch.eye(x.shape[-1], dtype=x.dtype)
-    return torch.linalg.solve(x.T @ x + weight.to(x), x.T @ y).to(state.dtype)
-
-
 def subset_effects(
     env: Environment,
     updater: Updater,
