@@ -53,11 +53,10 @@ class SelectorConfig:
     k: how many (None: half of them). modules: the set of ``static`` (None: found by single-module
     effects on training edits). hidden: width of the policy's encoder. temperature: of the
     straight-through relaxation. init: where the policy's logits start, ``effects`` (single-module
-    effects on training edits), ``gain`` (for each edit, log of first-order gain over root energy:
-    what ``kind: gain`` ranks by; from features ``gain`` and ``cost``) or ``zero``. init_scale: the
-    spread of ``effects``. lr: of the policy (Adam). size_in_gate: whether the size penalty may move
-    the gate (the published policy is trained by nothing else). effect_edits: how many training
-    edits the effects are measured on.
+    effects on training edits), ``gain`` (log of what ``kind: gain`` ranks by, from
+    features ``gain`` and ``cost``) or ``zero``. init_scale: spread of ``effects``. lr: of the policy
+    (Adam). size_in_gate: whether the size penalty may move the gate (the published policy is
+    trained by nothing else). effect_edits: how many training edits the effects are measured on.
     every_pass: choose anew at every pass of an edit, instead of once per edit.
     estimator: of the policy's gradient. ``straight_through`` differentiates the executed top k;
     ``plackett_luce`` and ``bernoulli`` (which learns how many) draw ``samples`` masks and score
@@ -103,10 +102,8 @@ class SelectorConfig:
             )
         choice("method.selector.init", self.init, ("zero", "effects", "gain"))
         if self.init == "gain" and not {"gain", "cost"} <= set(self.features):
-            raise ValueError(
-                f"method.selector.init={self.init!r}: it is computed from two features; add 'gain' "
-                f"and 'cost' to method.selector.features={self.features!r}"
-            )
+            wanted = f"add 'gain' and 'cost' to method.selector.features={self.features!r}"
+            raise ValueError(f"method.selector.init={self.init!r}: {wanted}")
         if self.k is not None:
             at_least("method.selector.k", self.k, 1)
         at_least("method.selector.temperature", self.temperature, 0, strict=True)
@@ -252,9 +249,8 @@ class PassesConfig:
 
     preserved: prompts that the base model answers, asked with every edit (not in training): the
     smallest probability in their answers has to exceed ``preserved_probability`` as well.
-    rehearsed: the same with earlier edits that are in effect. screened: that many of each are
-    drawn, and the model is asked how sure it is of them; the least sure are then asked with the
-    edit (0: no more are drawn than are asked).
+    rehearsed: the same with earlier edits in effect. screened: so many of each are drawn, and those
+    that the model is least sure of are asked (0: no more are drawn than are asked).
     """
 
     max: int = 1
