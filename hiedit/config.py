@@ -54,7 +54,7 @@ class SelectorConfig:
     effects on training edits). hidden: width of the policy's encoder. temperature: of the
     straight-through relaxation. init: where the policy's logits start, ``effects`` (single-module
     effects on training edits), ``gain`` (log of what ``kind: gain`` ranks by, from
-    features ``gain`` and ``cost``) or ``zero``. init_scale: spread of ``effects``. lr: of the policy
+    features ``gain`` and ``cost``) or ``zero``. init_scale: of ``effects``. lr: of the policy
     (Adam). size_in_gate: whether the size penalty may move the gate (the published policy is
     trained by nothing else). effect_edits: how many training edits the effects are measured on.
     every_pass: choose anew at every pass of an edit, instead of once per edit.
