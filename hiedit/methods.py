@@ -27,7 +27,7 @@ from hiedit.rl.preserved import Preserved, known_pairs
 from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
 from hiedit.rl.training import Trainer
-from hiedit.types import EditRequest, Signals, TokenBatch
+from hiedit.types import EditRequest, TokenBatch
 from hiedit.updaters.updater import Updater
 
 PRESERVED = "preserved.pairs"  # among an editor's tensors: prompts that its edits ask
@@ -102,24 +102,20 @@ def build_method(
     return method
 
 
-def _told(rollout: Rollout, request: EditRequest) -> Signals:
-    """What the policy would see of ``request`` if it were the next edit."""
-    env, pair = rollout.env, [(request.prompt, request.target)]
-    tokens = encode(env.backbone.tokenizer, pair, padding_side="left").to(env.backbone.device)
-    return rollout.told(env.probe(tokens, 1, rollout.updater.config.tokens).signals())
-
-
 @torch.no_grad()
 def record_choices(method: Method, requests: Sequence[EditRequest]) -> None:
     """Note how often a policy chooses each module for ``requests`` on the unedited model, as it
     would while editing, for ``static_frequency``; it is saved with the editor."""
     rollout = method.rollout
-    selector = rollout.selector
+    selector, env = rollout.selector, rollout.env
     if not selector.learned or not requests:
         return
-    chosen = torch.zeros_like(selector.frequency)
+    backbone, chosen = env.backbone, torch.zeros_like(selector.frequency)
     for request in requests:
-        chosen += selector.mode(selector.gate(_told(rollout, request), 1))[0]
+        pair = [(request.prompt, request.target)]
+        tokens = encode(backbone.tokenizer, pair, padding_side="left").to(backbone.device)
+        signals = rollout.told(env.probe(tokens, 1, rollout.updater.config.tokens).signals())
+        chosen += selector.mode(selector.gate(signals, 1))[0]
     selector.frequency.copy_(chosen / len(requests))
 
 

@@ -52,10 +52,10 @@ class GateNetwork(nn.Module):
     """Encoders by weight shape, concatenated over modules, and a linear gate (design, section 3).
 
     The gate's weights start small, so that the first choices follow its bias. Features of each
-    module (``Signals.state``) reach the logits through weights that start at zero: a module's
-    own through weights that all modules share, everyone's through a matrix. ``features`` [F] are
-    what each counts from the start, as it is (not standardised) and for good: a prior that the
-    rest learns to correct.
+    module (``Signals.state``, ``features`` of them) reach the logits through weights that start at
+    zero: a module's own through weights that all modules share, everyone's through a matrix.
+    ``prior`` [F] are fixed weights of the same features, not standardised: where the logits start,
+    for the rest to correct.
     """
 
     def __init__(
@@ -64,7 +64,8 @@ class GateNetwork(nn.Module):
         groups: Mapping[tuple[int, int], list[str]],
         hidden: int,
         clamp: float = 8.0,
-        features: Sequence[float] = (),
+        features: int = 0,
+        prior: Sequence[float] | None = None,
     ):
         super().__init__()
         self.encoders = nn.ModuleList(Encoder(g, s, hidden, clamp) for s, g in groups.items())
@@ -73,13 +74,13 @@ class GateNetwork(nn.Module):
         self.gate = nn.Linear(hidden * len(names), len(names))
         nn.init.normal_(self.gate.weight, std=0.1 / (hidden * len(names)) ** 0.5)
         nn.init.zeros_(self.gate.bias)
-        self.state_norm, self.features = None, tuple(features)
+        self.state_norm = None
         if features:
-            self.register_buffer("prior", torch.tensor(features), persistent=False)
-            told = len(features)
-            self.state_norm = RunningNorm(len(names), told, clamp, pooled=True)
-            self.own = nn.Parameter(torch.zeros(told))
-            self.others = nn.Parameter(torch.zeros(len(names), len(names) * told))
+            self.state_norm = RunningNorm(len(names), features, clamp, pooled=True)
+            self.own = nn.Parameter(torch.zeros(features))
+            self.others = nn.Parameter(torch.zeros(len(names), len(names) * features))
+        fixed = None if prior is None else torch.tensor(prior)
+        self.register_buffer("prior", fixed, persistent=False)  # follows from the configuration
 
     def observe(self, signals: Signals) -> None:
         """Update the normalisers (the published code never does: design, section 3)."""
@@ -94,13 +95,9 @@ class GateNetwork(nn.Module):
         logits = self.gate(features[:, self.order].flatten(1))
         if self.state_norm is None:
             return logits
-        if any(self.features):
-            prior = signals.state @ self.prior
-            logits = logits + torch.where(prior.isfinite(), prior, NEVER)
-        state = self.standardised(signals.state)
+        if self.prior is not None:
+            start = signals.state @ self.prior
+            logits = logits + torch.where(start.isfinite(), start, NEVER)
+        state = self.state_norm(signals.state.transpose(0, 1)).transpose(0, 1)  # [E, L, F]
+        state = torch.where(state.isfinite(), state, 0.0)
         return logits + state @ self.own + state.flatten(1) @ self.others.T
-
-    def standardised(self, state: Tensor) -> Tensor:
-        """Features [E, L, F] by what was observed of each module's; 0 where they are not finite."""
-        state = self.state_norm(state.transpose(0, 1)).transpose(0, 1)
-        return torch.where(state.isfinite(), state, 0.0)

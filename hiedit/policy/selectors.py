@@ -12,6 +12,8 @@ from hiedit.policy import estimators
 from hiedit.policy.gate import GateNetwork
 from hiedit.types import Action, Signals
 
+GAIN_OVER_ROOT_ENERGY = {"gain": 1.0, "cost": -0.5}  # weights of features, which are logs
+
 
 def top_k_mask(scores: Tensor, k: int) -> Tensor:
     """scores: [E, L] -> [E, L] in {0, 1} with the ``k`` largest of each row."""
@@ -67,13 +69,12 @@ class Selector(nn.Module):
                 f"valid are 1 to {total}"
             )
         self.generator = torch.Generator().manual_seed(seed)
-        prior = {"gain": 1.0, "cost": -0.5} if config.init == "gain" else {}
-        weights = [prior.get(feature, 0.0) for feature in config.features]
-        self.gate = (
-            GateNetwork(self.names, groups, config.hidden, features=weights)
-            if config.learned
-            else None
-        )
+        self.gate = None
+        if config.learned:
+            told, prior = len(config.features), None
+            if config.init == "gain":
+                prior = [GAIN_OVER_ROOT_ENERGY.get(feature, 0.0) for feature in config.features]
+            self.gate = GateNetwork(self.names, groups, config.hidden, features=told, prior=prior)
         self._before: Tensor | None = None  # [1, L], the policy's mask for the edit before
         static = torch.zeros(total)
         for name in config.modules or ():

@@ -148,30 +148,34 @@ class Preserved:
             return prompts.naming(named)
         few = max(FEW, int(RARE * (len(self.pairs) + len(self._earlier))))
         rare = (word for word in telling(request.prompt) if self._many(word) <= few)
-        return set().union(*(prompts.holding[word] for word in rare))
+        return set().union(*(prompts.having(word) for word in rare))
 
     def _many(self, word: str) -> int:
         """How many prompts have it."""
-        return len(self._naming.holding[word]) + len(self._since.holding[word])
+        return len(self._naming.having(word)) + len(self._since.having(word))
 
 
 class _Naming:
     """Prompts by the words that they name."""
 
     def __init__(self):
-        self.holding: dict[str, set[int]] = defaultdict(set)  # word -> prompts with it
+        self._holding: dict[str, set[int]] = defaultdict(set)  # word -> prompts with it
 
     def add(self, prompt: int, text: str) -> None:
         for word in words(text):
-            self.holding[word].add(prompt)
+            self._holding[word].add(prompt)
 
     def remove(self, prompt: int, text: str) -> None:
         for word in words(text):
-            self.holding[word].discard(prompt)
+            self._holding[word].discard(prompt)
+
+    def having(self, word: str) -> set[int]:
+        """The prompts with ``word``; to look does not make an entry."""
+        return self._holding.get(word, set())
 
     def naming(self, some: set[str]) -> set[int]:
         """The prompts with every word of ``some``."""
-        return set.intersection(*(self.holding[word] for word in some)) if some else set()
+        return set.intersection(*map(self.having, some)) if some else set()
 
 
 def _differ(one: EditRequest, other: EditRequest) -> bool:
