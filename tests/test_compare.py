@@ -194,6 +194,10 @@ def test_the_key_follows_what_determines_the_result_and_nothing_else():
             ["updater.etta", "updater.eta"],
         ),
         (["experiment.horizons=[]"], ["experiment.horizons"]),
+        (
+            ["+experiment.catalogue.hiedit-3.horizons=200"],
+            ["experiment.catalogue.hiedit-3.horizons", "200"],
+        ),
     ],
 )
 def test_mistakes_are_named_before_anything_runs(overrides, parts):
@@ -236,6 +240,26 @@ def test_the_best_setting_of_each_horizon_is_chosen(monkeypatch):
                       ("world", "static", 4): {"updater.eta": 0.1}}  # fmt: skip
     cells = measure_cells(config, chosen)
     assert {c.horizons for c in cells} == {(2,), (4,)} and len(cells) == 2 * len(config.seeds)
+
+
+def test_a_method_can_be_kept_from_the_longer_streams():
+    config = ExperimentConfig(
+        methods=["static", "hiedit", "random"],
+        horizons=[2, 4, 8],
+        catalogue={
+            "static": {"method": "static", "horizons": [4, 2, 16]},
+            "hiedit": {"method": "hiedit", "horizons": []},
+        },
+    )
+    tuning = dataclasses.replace(config.tuning, grid={"updater.eta": [0.1, 0.2]})
+    tuned = tune_cells(dataclasses.replace(config, tuning=tuning))
+    assert {(c.label, c.horizons) for c in tuned} == {("static", (2, 4)), ("random", (2, 4, 8))}
+    chosen = choose(config, "nowhere")  # nothing to tune
+    assert {key[1:] for key in chosen} == {
+        ("static", 2), ("static", 4), ("random", 2), ("random", 4), ("random", 8)
+    }  # fmt: skip
+    measured = {(c.label, c.horizons) for c in measure_cells(config, chosen)}
+    assert measured == {("static", (2, 4)), ("random", (2, 4, 8))}
 
 
 # ---- statistics

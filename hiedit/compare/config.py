@@ -83,7 +83,8 @@ class OracleConfig:
 @dataclass(frozen=True)
 class ExperimentConfig:
     """methods: labels, in the order of the tables: names of configs/method, or of ``catalogue``
-    (label: {method: NAME, overrides: {KEY: VALUE}}).
+    (label: {method: NAME, overrides: {KEY: VALUE}, horizons: [N]}, the last where it is measured at
+    some of ``horizons`` only).
 
     learned: the label that the claims are about. baselines: what it is tested against.
     retention_share, batch: as in ``evaluate``.
@@ -135,9 +136,15 @@ class ExperimentConfig:
         """
         entry = self.catalogue.get(label, {"method": label})
         where = f"experiment.catalogue.{label}"
-        unknown = set(entry) - {"method", "overrides"} if isinstance(entry, Mapping) else {entry}
+        keys = {"method", "overrides", "horizons"}
+        unknown = set(entry) - keys if isinstance(entry, Mapping) else {entry}
         if unknown or "method" not in entry:
-            raise ValueError(f"{where}={entry!r}: it must hold 'method' and, if need be, overrides")
+            raise ValueError(
+                f"{where}={entry!r}: it must hold 'method' and, if need be, overrides and horizons"
+            )
+        lengths = entry.get("horizons", [1])
+        if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths):
+            raise ValueError(f"{where}.horizons={lengths!r}: give a list of stream lengths")
         try:
             method = load_method(entry["method"])
         except ValueError as error:
@@ -148,6 +155,11 @@ class ExperimentConfig:
             raise ValueError(f"experiment.methods: {error}{hint}") from None
         method = apply(method, entry.get("overrides") or {}, where)
         return dataclasses.replace(method, name=label)
+
+    def horizons_of(self, label: str) -> tuple[int, ...]:
+        """The stream lengths at which ``label`` is tuned and measured, ascending."""
+        own = self.catalogue.get(label, {}).get("horizons", self.horizons)
+        return tuple(sorted(set(own) & set(self.horizons)))
 
     def settings(self, label: str) -> list[dict[str, Any]]:
         """All combinations of the grid's values that this method's tuning tries."""

@@ -29,11 +29,11 @@ def heterogeneous_setup(config: ExperimentConfig) -> Setup | None:
 def tune_cells(config: ExperimentConfig) -> list[Cell]:
     """One cell for every world, method with something to tune, setting and tuning seed; one
     stream serves all horizons, each of which is a beginning of the longest."""
-    horizons = tuple(sorted(config.horizons))
     return [
         Cell(setup_of(config, world), "tune", seed, horizons, _with(config, label, setting))
         for world in config.worlds
         for label in config.methods
+        if (horizons := config.horizons_of(label))
         for setting in config.settings(label)
         if len(config.settings(label)) > 1
         for seed in config.tuning.seeds
@@ -46,7 +46,7 @@ def measure_cells(config: ExperimentConfig, chosen: Chosen) -> list[Cell]:
     for world in config.worlds:
         for label in config.methods:
             groups: dict[str, list[int]] = {}
-            for horizon in sorted(config.horizons):
+            for horizon in config.horizons_of(label):
                 setting = json.dumps(chosen[world, label, horizon], sort_keys=True)
                 groups.setdefault(setting, []).append(horizon)
             for setting, horizons in groups.items():
@@ -79,10 +79,11 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
         for label in config.methods:
             settings = config.settings(label)
             if len(settings) == 1:
-                chosen |= {(world, label, h): settings[0] for h in config.horizons}
+                chosen |= {(world, label, h): settings[0] for h in config.horizons_of(label)}
                 continue
-            table = [_tuned(config, run_dir, world, label, s) for s in settings]
-            for horizon in config.horizons:
+            horizons = config.horizons_of(label)
+            table = [_tuned(config, run_dir, world, label, s) for s in settings if horizons]
+            for horizon in horizons:
                 best = max(range(len(settings)), key=lambda i: table[i][horizon])
                 chosen[world, label, horizon] = settings[best]
     return chosen
@@ -90,7 +91,7 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
 
 def _tuned(config, run_dir, world, label, setting) -> dict[int, float]:
     """By horizon, the mean score of one setting over the tuning seeds."""
-    horizons = tuple(sorted(config.horizons))
+    horizons = config.horizons_of(label)
     found: dict[int, list[float]] = {h: [] for h in horizons}
     for seed in config.tuning.seeds:
         cell = Cell(setup_of(config, world), "tune", seed, horizons, _with(config, label, setting))

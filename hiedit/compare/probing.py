@@ -35,10 +35,10 @@ def probe_cells(config: ExperimentConfig, setups: Sequence[Setup], chosen: Mappi
     p = config.probes
     if not p.edits:
         return []
-    first = min(config.horizons)
     found = []
     for setup in setups:
-        for label in p.policies:
+        for label in filter(config.horizons_of, p.policies):
+            first = min(config.horizons_of(label))
             method = apply(config.composition(label), chosen[setup.world, label, first], label)
             extra = (("noise", p.noise), ("samples", p.samples))
             found.append(Cell(setup, "probe", config.seeds[0], (p.edits,), method, extra))
