@@ -195,6 +195,12 @@ def test_the_key_follows_what_determines_the_result_and_nothing_else():
         ),
         (["experiment.horizons=[]"], ["experiment.horizons"]),
         (
+            [
+                "+experiment.tuning.methods.dense={selector.modules: {subsets: 3, of: 'l{1-2}'}}",
+            ],
+            ["dense.selector.modules", "subsets", "2 modules"],
+        ),
+        (
             ["+experiment.catalogue.hiedit-3.horizons=200"],
             ["experiment.catalogue.hiedit-3.horizons", "200"],
         ),
@@ -240,6 +246,21 @@ def test_the_best_setting_of_each_horizon_is_chosen(monkeypatch):
                       ("world", "static", 4): {"updater.eta": 0.1}}  # fmt: skip
     cells = measure_cells(config, chosen)
     assert {c.horizons for c in cells} == {(2,), (4,)} and len(cells) == 2 * len(config.seeds)
+    tuning = dataclasses.replace(tuning, per_horizon=False)
+    shared = choose(dataclasses.replace(config, tuning=tuning), "nowhere")
+    assert shared == {("world", "static", h): {"updater.eta": 0.3} for h in (2, 4)}  # mean 0.6
+
+
+def test_every_fixed_set_of_a_size_can_be_tried():
+    overrides = ["experiment=selection-heterogeneous", "experiment.methods=[best-pair]",
+                 "experiment.learned=best-pair", "experiment.baselines=[]"]  # fmt: skip
+    config = compose(overrides, CompareConfig, "compare").experiment
+    pairs = [tuple(s["selector.modules"]) for s in config.settings("best-pair")]
+    assert len(set(pairs)) == len(pairs) == 28 and all(len(set(pair)) == 2 for pair in pairs)
+    assert ("model.layers.4.mlp.gate_proj", "model.layers.7.mlp.up_proj") in pairs
+    modules = {c.method.selector.modules[0] for c in tune_cells(config)}
+    assert len(tune_cells(config)) == 28 and len(modules) == 7
+    assert {c.method.selector.kind for c in tune_cells(config)} == {"static"}
 
 
 def test_a_method_can_be_kept_from_the_longer_streams():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hiedit.backbone.modules import expand_ranges
 from hiedit.config import MethodConfig, TrainConfig, at_least, choice, from_mapping
 from hiedit.methods import load_method
 from hiedit.provenance import leaves
@@ -15,6 +18,7 @@ from hiedit.runconfig import ModelConfig
 
 WORLDS = ("world", "heterogeneous")
 NO_EDIT = "no-edit"
+MOST_SUBSETS = 1000  # each is a stream
 
 
 @dataclass(frozen=True)
@@ -36,12 +40,16 @@ class TuningConfig:
     training subjects, with ``seeds`` of their own; the best avg(ES, GS, LS) at a horizon wins.
 
     keys that a method does not use (``objective.rho`` of a training-free one) are left out for it;
-    methods: by label, a grid of its own in place of ``grid``.
+    methods: by label, a grid of its own in place of ``grid``. per_horizon: false takes one setting
+    for all horizons, the best mean over them, which one stream then measures. Instead of a list of
+    values, ``{subsets: K, of: PATTERNS}`` gives all sets of K of those modules (``{4-7}`` is a
+    range).
     """
 
     seeds: list[int] = field(default_factory=lambda: [100])
     grid: dict = field(default_factory=dict)
     methods: dict = field(default_factory=dict)
+    per_horizon: bool = True
 
 
 @dataclass(frozen=True)
@@ -168,9 +176,29 @@ class ExperimentConfig:
         found: list[dict[str, Any]] = [{}]
         for key, values in grid.items():
             if label in tuning.methods or _uses(method, key):
-                values = values if isinstance(values, list) else [values]
+                values = _values(values, f"experiment.tuning: {label}.{key}")
                 found = [setting | {key: value} for setting in found for value in values]
         return found
+
+
+def _values(given: Any, where: str) -> list[Any]:
+    """The values of one key of a grid.
+
+    Raises:
+        ValueError: if subsets are asked for that do not exist, or too many.
+    """
+    if not isinstance(given, Mapping):
+        return given if isinstance(given, list) else [given]
+    size, patterns = given.get("subsets"), given.get("of")
+    patterns = [patterns] if isinstance(patterns, str) else patterns or []
+    names = list(dict.fromkeys(name for p in patterns for name in expand_ranges(p)))
+    sound = set(given) == {"subsets", "of"} and type(size) is int and 1 <= size <= len(names)
+    if not sound or math.comb(len(names), size) > MOST_SUBSETS:
+        raise ValueError(
+            f"{where}={dict(given)!r}: give values, or {{subsets: K, of: [PATTERN]}} with K of at "
+            f"least 1, at most the {len(names)} modules named, and {MOST_SUBSETS} subsets or fewer"
+        )
+    return [list(subset) for subset in itertools.combinations(names, size)]
 
 
 def apply(method: MethodConfig, overrides: Mapping[str, Any], where: str) -> MethodConfig:

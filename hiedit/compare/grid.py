@@ -69,7 +69,8 @@ def average(point: dict[str, Any], kind: str = "scores") -> float | None:
 
 
 def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
-    """The setting with the best mean avg(ES, GS, LS) over the tuning seeds; the first of equals.
+    """The setting with the best mean avg(ES, GS, LS) over the tuning seeds, at each horizon or
+    over all of them; the first of equals.
 
     Raises:
         ValueError: if a tuning cell is missing.
@@ -84,7 +85,8 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
             horizons = config.horizons_of(label)
             table = [_tuned(config, run_dir, world, label, s) for s in settings if horizons]
             for horizon in horizons:
-                best = max(range(len(settings)), key=lambda i: table[i][horizon])
+                counts = [horizon] if config.tuning.per_horizon else horizons
+                best = max(range(len(settings)), key=lambda i: sum(table[i][h] for h in counts))
                 chosen[world, label, horizon] = settings[best]
     return chosen
 

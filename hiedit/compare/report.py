@@ -29,6 +29,7 @@ from hiedit.compare.tables import table
 from hiedit.compare.worlds import installed_dir
 from hiedit.evaluation.report import MISSING, quantity
 from hiedit.evaluation.results import plain
+from hiedit.plots import short_names
 from hiedit.world.heterogeneous import read_heterogeneous
 
 COLUMNS = ("avg", "ES", "GS", "LS", "retention")
@@ -100,11 +101,18 @@ def _scores(config: ExperimentConfig, world: str, found: Sequence[Summary]) -> s
         cells += [_spread(s, m) for m in COLUMNS[1:]]
         cells += [quantity(s.values[c][0]) if c in s.values else MISSING for c in
                   ("layers_per_edit", "passes_per_edit", "seconds_per_edit")]  # fmt: skip
-        tuned = ", ".join(f"{k.rsplit('.', 1)[-1]} {v:g}" for k, v in s.setting.items())
+        tuned = ", ".join(f"{k.rsplit('.', 1)[-1]} {_value(v)}" for k, v in s.setting.items())
         lines.append([*cells, tuned or MISSING])
     what = "Percent by free generation, exact match; avg is the mean of ES, GS and LS; retention "
     what += f"is avg of the earliest {100 * config.retention_share:.0f}% of the edits, at the end."
     return f"## World: {world}\n\n{what}\n\n{table(head, lines)}"
+
+
+def _value(value: Any) -> str:
+    """Of a tuned key: a number, or the modules of a set by their short names."""
+    if isinstance(value, list):
+        return " + ".join(short_names(value))
+    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
 
 
 def _spread(s: Summary, metric: str) -> str:
