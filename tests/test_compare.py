@@ -75,6 +75,13 @@ def test_an_experiment_leaves_a_cell_for_every_measurement(finished):
     assert all(r["layers_per_edit"] == 2 and r["passes_per_edit"] >= 1 for r in edited)
     assert {c["baseline"] for c in report["comparisons"]} == {"random"}
     assert all(c["paired"]["n"] == 2 for c in report["comparisons"])
+    tried = report["tuning"]
+    assert [t["method"] for t in tried] == ["hiedit", "hiedit"]
+    for horizon in ("2", "4"):
+        best = max(t["scores"][horizon] for t in tried)
+        (chosen,) = (t for t in tried if int(horizon) in t["chosen"])
+        assert chosen["scores"][horizon] == best
+        assert f"**{100 * best:.1f}**" in (finished / "report.md").read_text()
     for name in ("report.md", "world_by_edits.png", "probes_world_hiedit.png"):
         assert (finished / name).stat().st_size > 100
 

@@ -91,6 +91,25 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
     return chosen
 
 
+def tuning(config: ExperimentConfig, run_dir: str) -> list[dict[str, Any]]:
+    """What tuning found: for every world, method and setting, ``scores`` by horizon, the mean
+    avg(ES, GS, LS) over the tuning seeds, and the horizons it was ``chosen`` at."""
+    chosen = choose(config, run_dir)
+    return [
+        {
+            "world": world,
+            "method": label,
+            "setting": setting,
+            "scores": _tuned(config, run_dir, world, label, setting),
+            "chosen": [h for h in horizons if chosen[world, label, h] == setting],
+        }
+        for world in config.worlds
+        for label in config.methods
+        if (horizons := config.horizons_of(label)) and len(config.settings(label)) > 1
+        for setting in config.settings(label)
+    ]
+
+
 def _tuned(config, run_dir, world, label, setting) -> dict[int, float]:
     """By horizon, the mean score of one setting over the tuning seeds."""
     horizons = config.horizons_of(label)

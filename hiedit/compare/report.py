@@ -6,7 +6,7 @@ cells -> rows, summaries, comparisons -> report.md, report.json, PNG files in th
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,14 @@ from hiedit.compare.analysis import (
 from hiedit.compare.cells import read_cell
 from hiedit.compare.config import ExperimentConfig
 from hiedit.compare.figures import plot_horizons
-from hiedit.compare.grid import Chosen, choose, heterogeneous_setup, measure_cells, setup_of
+from hiedit.compare.grid import (
+    Chosen,
+    choose,
+    heterogeneous_setup,
+    measure_cells,
+    setup_of,
+    tuning,
+)
 from hiedit.compare.oracle import oracle_cells, oracle_report, oracle_table
 from hiedit.compare.probing import probe_report
 from hiedit.compare.tables import table
@@ -46,7 +53,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
     if not rows:
         raise ValueError(f"run_dir={run_dir!r}: no cell of this experiment was measured there yet")
     found = summaries(config, rows, chosen)
-    tests = comparisons(config, rows)
+    tests, tried = comparisons(config, rows), tuning(config, run_dir)
     truths, recall = _truths(config, run_dir, chosen), _recall(config, run_dir)
     oracle = oracle_report(oracle_cells(config, heterogeneous_setup(config)), run_dir)
     setups = [setup_of(config, world) for world in config.worlds]
@@ -57,6 +64,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
             f"# {config.name}",
             *(_scores(config, world, found) for world in config.worlds),
             _tests(tests),
+            _tuning_table(config, tried),
             _truth_table(truths),
             _recall_table(recall),
             oracle_table(oracle),
@@ -70,6 +78,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
     content = {
         "summaries": [asdict(s) for s in found],
         "comparisons": [asdict(c) for c in tests],
+        "tuning": tried,
         "truth": truths,
         "recall": recall,
         "oracle": oracle,
@@ -101,18 +110,40 @@ def _scores(config: ExperimentConfig, world: str, found: Sequence[Summary]) -> s
         cells += [_spread(s, m) for m in COLUMNS[1:]]
         cells += [quantity(s.values[c][0]) if c in s.values else MISSING for c in
                   ("layers_per_edit", "passes_per_edit", "seconds_per_edit")]  # fmt: skip
-        tuned = ", ".join(f"{k.rsplit('.', 1)[-1]} {_value(v)}" for k, v in s.setting.items())
-        lines.append([*cells, tuned or MISSING])
+        lines.append([*cells, _setting(s.setting) or MISSING])
     what = "Percent by free generation, exact match; avg is the mean of ES, GS and LS; retention "
     what += f"is avg of the earliest {100 * config.retention_share:.0f}% of the edits, at the end."
     return f"## World: {world}\n\n{what}\n\n{table(head, lines)}"
 
 
-def _value(value: Any) -> str:
-    """Of a tuned key: a number, or the modules of a set by their short names."""
-    if isinstance(value, list):
-        return " + ".join(short_names(value))
-    return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+def _setting(setting: Mapping[str, Any]) -> str:
+    """What was tuned: numbers, and sets of modules by their short names."""
+
+    def shown(value: Any) -> str:
+        if isinstance(value, list):
+            return " + ".join(short_names(value))
+        return f"{value:g}" if isinstance(value, (int, float)) else str(value)
+
+    return ", ".join(f"{k.rsplit('.', 1)[-1]} {shown(v)}" for k, v in setting.items())
+
+
+def _tuning_table(config: ExperimentConfig, tried: Sequence[Mapping[str, Any]]) -> str:
+    """Every setting that was tried, a method's best first; what was chosen in bold."""
+    if not tried:
+        return ""
+    horizons, lines = sorted(config.horizons), []
+    for t in sorted(tried, key=lambda t: (t["world"], t["method"], -sum(t["scores"].values()))):
+        cells = [
+            MISSING if h not in t["scores"]
+            else f"**{100 * t['scores'][h]:.1f}**" if h in t["chosen"]
+            else f"{100 * t['scores'][h]:.1f}"
+            for h in horizons
+        ]  # fmt: skip
+        lines.append([t["world"], t["method"], _setting(t["setting"]), *cells])
+    head = ["world", "method", "setting", *(f"avg at {h}" for h in horizons)]
+    seeds = ", ".join(map(str, config.tuning.seeds))
+    what = f"Percent on validation edits, seeds {seeds}; bold: chosen"
+    return f"## Tuning\n\n{what}.\n\n{table(head, lines)}"
 
 
 def _spread(s: Summary, metric: str) -> str:
