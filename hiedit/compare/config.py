@@ -150,7 +150,7 @@ class ExperimentConfig:
             raise ValueError(
                 f"{where}={entry!r}: it must hold 'method' and, if need be, overrides and horizons"
             )
-        lengths = entry.get("horizons", [1])
+        lengths = entry.get("horizons", self.horizons)
         if not isinstance(lengths, list) or not all(type(n) is int and n > 0 for n in lengths):
             raise ValueError(f"{where}.horizons={lengths!r}: give a list of stream lengths")
         try:
@@ -190,8 +190,9 @@ def _values(given: Any, where: str) -> list[Any]:
     if not isinstance(given, Mapping):
         return given if isinstance(given, list) else [given]
     size, patterns = given.get("subsets"), given.get("of")
-    patterns = [patterns] if isinstance(patterns, str) else patterns or []
-    names = list(dict.fromkeys(name for p in patterns for name in expand_ranges(p)))
+    patterns = patterns if isinstance(patterns, list) else [patterns]
+    named = (name for p in patterns if isinstance(p, str) for name in expand_ranges(p))
+    names = list(dict.fromkeys(named))
     sound = set(given) == {"subsets", "of"} and type(size) is int and 1 <= size <= len(names)
     if not sound or math.comb(len(names), size) > MOST_SUBSETS:
         raise ValueError(

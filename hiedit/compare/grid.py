@@ -78,12 +78,11 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
     chosen: Chosen = {}
     for world in config.worlds:
         for label in config.methods:
-            settings = config.settings(label)
-            if len(settings) == 1:
-                chosen |= {(world, label, h): settings[0] for h in config.horizons_of(label)}
+            settings, horizons = config.settings(label), config.horizons_of(label)
+            if len(settings) == 1 or not horizons:
+                chosen |= {(world, label, h): settings[0] for h in horizons}
                 continue
-            horizons = config.horizons_of(label)
-            table = [_tuned(config, run_dir, world, label, s) for s in settings if horizons]
+            table = [_tuned(config, run_dir, world, label, s) for s in settings]
             for horizon in horizons:
                 counts = [horizon] if config.tuning.per_horizon else horizons
                 best = max(range(len(settings)), key=lambda i: sum(table[i][h] for h in counts))
@@ -91,10 +90,9 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
     return chosen
 
 
-def tuning(config: ExperimentConfig, run_dir: str) -> list[dict[str, Any]]:
+def tuning(config: ExperimentConfig, run_dir: str, chosen: Chosen) -> list[dict[str, Any]]:
     """What tuning found: for every world, method and setting, ``scores`` by horizon, the mean
     avg(ES, GS, LS) over the tuning seeds, and the horizons it was ``chosen`` at."""
-    chosen = choose(config, run_dir)
     return [
         {
             "world": world,
@@ -105,8 +103,8 @@ def tuning(config: ExperimentConfig, run_dir: str) -> list[dict[str, Any]]:
         }
         for world in config.worlds
         for label in config.methods
-        if (horizons := config.horizons_of(label)) and len(config.settings(label)) > 1
-        for setting in config.settings(label)
+        if (horizons := config.horizons_of(label)) and len(settings := config.settings(label)) > 1
+        for setting in settings
     ]
 
 

@@ -53,7 +53,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
     if not rows:
         raise ValueError(f"run_dir={run_dir!r}: no cell of this experiment was measured there yet")
     found = summaries(config, rows, chosen)
-    tests, tried = comparisons(config, rows), tuning(config, run_dir)
+    tests, tried = comparisons(config, rows), tuning(config, run_dir, chosen)
     truths, recall = _truths(config, run_dir, chosen), _recall(config, run_dir)
     oracle = oracle_report(oracle_cells(config, heterogeneous_setup(config)), run_dir)
     setups = [setup_of(config, world) for world in config.worlds]
