@@ -141,8 +141,8 @@ def test_a_point_on_the_way_is_what_a_run_to_there_gives(finished, tmp_path):
 def test_a_killed_experiment_goes_on_with_the_same_numbers(finished, tmp_path, root):
     command = [sys.executable, "launch/compare.py", "experiment=selection-small", "jobs=1",
                f"run_dir={tmp_path}", "experiment.probes.edits=0"]  # fmt: skip
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=root, env=environment, stderr=subprocess.PIPE)
+    two, one = (os.environ | {"OMP_NUM_THREADS": n} for n in "21")  # of which nothing depends
+    process = subprocess.Popen(command, cwd=root, env=two, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while len(cells_of(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
@@ -150,7 +150,7 @@ def test_a_killed_experiment_goes_on_with_the_same_numbers(finished, tmp_path, r
     process.communicate()
     left = cells_of(tmp_path)
     assert 2 <= len(left) < len(cells_of(finished)) - 1 and process.returncode == -signal.SIGKILL
-    done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=root, env=one, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert f"of {len(cells_of(tmp_path)) - 2} cells to run" in done.stdout
     probes = {name for name, c in cells_of(finished).items() if c["cell"]["phase"] == "probe"}

@@ -21,12 +21,15 @@ from hiedit.compare.worlds import StandingProbe, World, load_world
 from hiedit.evaluation.results import stream_fingerprint
 from hiedit.methods import Method, build_method, load_editor, save_editor
 from hiedit.types import EditBatch
+from hiedit.world.train import use_threads
 
 Tell = Callable[[int], None]  # told of every edit done
 
 
+@use_threads(1)  # sums depend on it: a cell finds the same whatever runs beside it
 def run_cell(cell: Cell, run_dir: str, send: Callable[[Any], None]) -> dict[str, Any]:
-    """Run ``cell`` and write its result, unless it is there; sends (edits done, the cell).
+    """Run ``cell`` on one thread and write its result, unless it is there; sends (edits done, the
+    cell).
 
     Raises:
         ValueError: naming the cell, where its method cannot run.

@@ -24,6 +24,7 @@ from hiedit.data.tokens import encode
 from hiedit.evaluation.probes import PLACES, causal_tracing
 from hiedit.evaluation.statistics import mean
 from hiedit.rl.effects import effects_by_edit
+from hiedit.world.train import use_threads
 
 PROBES = ("effect", *(f"tracing at the {place} token" for place in PLACES))
 RESAMPLES = 1000
@@ -45,6 +46,7 @@ def probe_cells(config: ExperimentConfig, setups: Sequence[Setup], chosen: Mappi
     return found
 
 
+@use_threads(1)
 def run_probe(cell: Cell, run_dir: str, send: Callable[[Any], None]) -> dict[str, Any]:
     """Probe the test edits of ``cell`` and write what was found, unless it is there."""
     found = read_cell(run_dir, cell)
