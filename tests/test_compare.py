@@ -13,14 +13,15 @@ import time
 import pytest
 
 from hiedit.compare import grid, measure
-from hiedit.compare.analysis import auc, comparisons, truth_scores
+from hiedit.compare.analysis import Comparison, auc, comparisons, truth_scores
 from hiedit.compare.cells import Cell, cell_path, read_cell, write_cell
 from hiedit.compare.config import CompareConfig, ExperimentConfig, apply
 from hiedit.compare.driver import compare
+from hiedit.compare.figures import plot_differences
 from hiedit.compare.grid import choose, measure_cells, setup_of, tune_cells
 from hiedit.compare.probing import correlations, spearman
 from hiedit.compose import compose
-from hiedit.evaluation.statistics import holm, permutation_test
+from hiedit.evaluation.statistics import Paired, holm, permutation_test
 from hiedit.methods import load_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -82,8 +83,23 @@ def test_an_experiment_leaves_a_cell_for_every_measurement(finished):
         (chosen,) = (t for t in tried if int(horizon) in t["chosen"])
         assert chosen["scores"][horizon] == best
         assert f"**{100 * best:.1f}**" in (finished / "report.md").read_text()
-    for name in ("report.md", "world_by_edits.png", "probes_world_hiedit.png"):
+    plots = ("world_by_edits.png", "world_differences.png", "probes_world_hiedit.png")
+    for name in ("report.md", *plots):
         assert (finished / name).stat().st_size > 100
+
+
+def test_the_plot_of_differences_has_a_mark_for_every_comparison():
+    def against(baseline, horizon, difference):
+        paired = Paired(baseline, 2, difference, difference - 0.02, difference + 0.02, 0.1, 0.5)
+        return Comparison("world", horizon, "hiedit", baseline, paired, 0.1)
+
+    tests = [against("random", 2, 0.04), against("dense", 2, -0.01), against("random", 4, 0.06)]
+    (axes,) = plot_differences(tests).axes
+    marks = [mark for mark in axes.get_lines() if mark.get_linestyle() == "None"]
+    middles = [sorted(m.get_xdata()) for m in marks if m.get_marker() in ("o", "s")]
+    assert [[round(float(x), 6) for x in xs] for xs in middles] == [[-1.0, 4.0], [6.0]]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["random", "dense"]
+    assert plot_differences([]) is None
 
 
 def test_what_is_there_is_not_run_again_and_the_report_can_be_redone(finished, monkeypatch):

@@ -1,11 +1,11 @@
-"""Plots of an experiment: scores over the stream's length, relations by modules."""
+"""Plots of an experiment: scores over the stream's length, differences, relations by modules."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hiedit.compare.analysis import Summary
+from hiedit.compare.analysis import Comparison, Summary
 from hiedit.plots import COLOURS, MARKERS, new_figure, short_names, tidy
 
 
@@ -35,6 +35,37 @@ def plot_horizons(found: Sequence[Summary]) -> Any:
         tidy(axes)
     handles, names = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, names, loc="outside lower center", ncols=5, frameon=False)
+    return figure
+
+
+def plot_differences(tests: Sequence[Comparison]) -> Any:
+    """The learned method less each baseline in points of avg, with the paired 95% intervals: a row
+    for each baseline, a mark in it for each stream length."""
+    if not tests:
+        return None
+    baselines = list(dict.fromkeys(c.baseline for c in tests))
+    horizons = sorted({c.horizon for c in tests})
+    figure = new_figure(7.0, 1.3 + 0.34 * len(baselines) * max(1.0, 0.5 * len(horizons)))
+    axes = figure.add_subplot()
+    axes.axvline(0, color="black", linewidth=1)
+    for index, horizon in enumerate(horizons):
+        own = [c for c in tests if c.horizon == horizon]
+        lift = 0.6 * ((index + 0.5) / len(horizons) - 0.5)
+        middle = [100 * c.paired.difference for c in own]
+        reach = [0.0 if c.paired.high is None else 100 * c.paired.high - m
+                 for c, m in zip(own, middle, strict=True)]  # fmt: skip
+        axes.errorbar(
+            middle, [baselines.index(c.baseline) + lift for c in own], xerr=reach, capsize=3,
+            color=COLOURS[index % len(COLOURS)], marker=MARKERS[index % len(MARKERS)],
+            linestyle="", markersize=4, label=f"{horizon:,} edits",
+        )  # fmt: skip
+    axes.set_yticks(range(len(baselines)), baselines, fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel("points of the average of ES, GS, LS, paired, 95% interval")
+    axes.set_title(f"{tests[0].method} less each baseline", loc="left", fontsize=10)
+    tidy(axes)
+    axes.grid(axis="x", color="#E3E3E3", linewidth=0.8)
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
     return figure
 
 

@@ -21,7 +21,7 @@ from hiedit.compare.analysis import (
 )
 from hiedit.compare.cells import read_cell
 from hiedit.compare.config import ExperimentConfig
-from hiedit.compare.figures import plot_horizons
+from hiedit.compare.figures import plot_differences, plot_horizons
 from hiedit.compare.grid import (
     Chosen,
     choose,
@@ -87,7 +87,7 @@ def write_report(config: ExperimentConfig, run_dir: str) -> list[Path]:
         "rows": rows,
     }
     (out / "report.json").write_text(json.dumps(plain(content), indent=1) + "\n", encoding="utf-8")
-    paths = [out / "report.md", out / "report.json", *drawn, *_plots(config, found, out)]
+    paths = [out / "report.md", out / "report.json", *drawn, *_plots(config, found, tests, out)]
     print(text)
     print("\nwritten:", *paths, sep="\n  ")
     return paths
@@ -236,15 +236,24 @@ def _missing(missing: Sequence[str]) -> str:
     return f"## Not measured yet\n\n{shown}{more}"
 
 
-def _plots(config: ExperimentConfig, found: Sequence[Summary], out: Path) -> list[Path]:
+def _plots(
+    config: ExperimentConfig,
+    found: Sequence[Summary],
+    tests: Sequence[Comparison],
+    out: Path,
+) -> list[Path]:
     paths = []
     for world in config.worlds:
         try:
-            figure = plot_horizons([s for s in found if s.world == world])
+            figures = {
+                "by_edits": plot_horizons([s for s in found if s.world == world]),
+                "differences": plot_differences([c for c in tests if c.world == world]),
+            }
         except ImportError as error:
             print(f"No plots: {error}")
             return paths
-        if figure is not None:
-            paths.append(out / f"{world}_by_edits.png")
-            figure.savefig(paths[-1], dpi=150)
+        for name, figure in figures.items():
+            if figure is not None:
+                paths.append(out / f"{world}_{name}.png")
+                figure.savefig(paths[-1], dpi=150)
     return paths
