@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from hiedit.checks import at_least, choice
+
 SELECTORS = (
     "all", "random", "static", "static_frequency", "best_subset", "gain", "top_norm", "shuffled",
     "policy",
@@ -25,20 +27,6 @@ BASELINES = ("self_critical", "leave_one_out")
 UPDATERS = ("none", "closed_form", "hypernetwork")
 SOLVERS = ("outer", "least_squares", "protected")
 OBJECTIVES = ("none", "edit", "trajectory")
-
-
-def choice(key: str, value: Any, valid: tuple[str, ...]) -> None:
-    """Raises ValueError naming ``key``, ``value`` and the nearest valid choice."""
-    if value not in valid:
-        near = difflib.get_close_matches(str(value), valid, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key}={value!r}: valid are {', '.join(valid)}{hint}")
-
-
-def at_least(key: str, value: float, low: float, strict: bool = False) -> None:
-    """Raises ValueError if ``value`` is below ``low`` (or equal to it, where ``strict``)."""
-    if not (value > low if strict else value >= low):
-        raise ValueError(f"{key}={value!r}: it must be {'>' if strict else '>='} {low}")
 
 
 @dataclass(frozen=True)
@@ -61,7 +49,9 @@ class SelectorConfig:
     estimator: of the policy's gradient. ``straight_through`` differentiates the executed top k;
     ``plackett_luce`` and ``bernoulli`` (which learns how many) draw ``samples`` masks and score
     them on the true objective; ``counterfactual`` fits the logits to the scores of ``samples``
-    uniform masks (``credit``: ``regress`` or ``rank``). A trained policy edits with its mode.
+    uniform masks (``credit``: ``regress`` or ``rank``), of all masks where there are no more.
+    credit_over: what a drawn mask is scored by, one more ``pass`` of the edit, or the whole
+    ``option``: as many passes as it would take by itself. A trained policy edits with its mode.
     baseline: of the scores, ``self_critical`` or ``leave_one_out``. entropy_floor: in [0, 1],
     relative to a policy that knows nothing; entropy_weight: of falling below it (nats).
     sparsity: reward of ``bernoulli`` for every module left out (nats).
@@ -89,6 +79,7 @@ class SelectorConfig:
     entropy_weight: float = 1.0
     sparsity: float = 0.0
     credit: str = "regress"
+    credit_over: str = "pass"
     features: list[str] = field(default_factory=list)
 
     def __post_init__(self):
@@ -126,6 +117,7 @@ class SelectorConfig:
         choice("method.selector.estimator", self.estimator, ESTIMATORS)
         choice("method.selector.baseline", self.baseline, BASELINES)
         choice("method.selector.credit", self.credit, ("regress", "rank"))
+        choice("method.selector.credit_over", self.credit_over, ("pass", "option"))
         alone = self.baseline == "self_critical" and self.estimator != "counterfactual"
         at_least("method.selector.samples", self.samples, 1 if alone else 2)
         for key in ("entropy_weight", "sparsity"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from hiedit.backbone.losses import answer_kl
-from hiedit.config import at_least
+from hiedit.checks import at_least
 from hiedit.data.tokens import encode
 from hiedit.evaluation.metrics import SILENCE, answered
 from hiedit.rl.environment import Environment

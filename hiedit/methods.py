@@ -16,7 +16,8 @@ from torch import Tensor
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.moments import key_moments, phrasing_scatter
-from hiedit.config import MethodConfig, TrainConfig, choice, from_mapping
+from hiedit.checks import choice
+from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector, top_k_mask
 from hiedit.rl.effects import best_subset, single_module_effects

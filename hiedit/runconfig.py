@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from hiedit.config import EvaluateConfig, MethodConfig, TrainConfig, at_least, choice
+from hiedit.checks import at_least, choice
+from hiedit.config import EvaluateConfig, MethodConfig, TrainConfig
 from hiedit.data.stream import StreamConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")

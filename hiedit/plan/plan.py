@@ -11,7 +11,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from hiedit.config import MethodConfig, at_least
+from hiedit.checks import at_least
+from hiedit.config import MethodConfig
 from hiedit.experiment import check_modules, model_path
 from hiedit.plan.shapes import Shape, protection_bytes, step_bytes
 from hiedit.runconfig import ModelConfig

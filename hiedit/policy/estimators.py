@@ -9,6 +9,7 @@ one loss, so their log-probabilities add up.
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
@@ -33,6 +34,14 @@ def draw_plackett_luce(logits: Tensor, k: int, samples: int, generator=None) -> 
     index = (sound - (-uniform.log()).log()).topk(k, dim=-1).indices
     place = torch.arange(1, k + 1, device=logits.device).expand(index.shape)
     return torch.zeros(shape, dtype=torch.int64, device=logits.device).scatter(-1, index, place)
+
+
+def every_subset(total: int, k: int, edits: int) -> Tensor:
+    """All choices of ``k`` among ``total`` modules, as draws [S, E, L] in ascending order."""
+    subsets = torch.tensor(list(itertools.combinations(range(total), k)))  # [S, k]
+    draws = torch.zeros(len(subsets), total, dtype=torch.int64)
+    draws.scatter_(1, subsets, torch.arange(1, k + 1).expand(subsets.shape))
+    return draws[:, None].expand(-1, edits, -1)
 
 
 def plackett_luce_log_prob(logits: Tensor, draws: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
@@ -217,8 +218,12 @@ class Selector(nn.Module):
         elif c.estimator == "plackett_luce":
             draws = estimators.draw_plackett_luce(logits, self.k, c.samples, self.generator)
         else:
-            even = torch.zeros_like(logits)
-            draws = estimators.draw_plackett_luce(even, self.k, c.samples, self.generator)
+            edits, total = logits.shape
+            if math.comb(total, self.k) <= c.samples:
+                draws = estimators.every_subset(total, self.k, edits).to(logits.device)
+            else:
+                even = torch.zeros_like(logits)
+                draws = estimators.draw_plackett_luce(even, self.k, c.samples, self.generator)
             return Action(self.mode(logits), logits, draws)
         masks = estimators.masks_of(draws)
         used = masks.sum((-2, -1)) > 0

@@ -8,6 +8,8 @@ Shapes: ``C`` candidate masks, ``L`` modules, ``N`` sequences of the reward, ``r
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -62,7 +64,7 @@ def score_masks(
     losses = []
     for copy in range(copies):
         own = answers.take(copy * width, (copy + 1) * width)
-        losses.append(_loss(own, config, batch, reference, target))
+        losses.append(sequence_loss(own, config, batch, reference, target))
     total = torch.stack(losses)
     full = {n: Shift(s.A.detach(), s.B.detach()) for n, s in shifts.items()}
     if size and config.rho:
@@ -74,13 +76,14 @@ def score_masks(
     return total
 
 
-def _loss(
+def sequence_loss(
     answers: AnswerLogits,
     config: ObjectiveConfig,
     batch: RewardBatch,
     reference: Tensor | None,
     target: float,
 ) -> Tensor:
+    """Scalar: the reward's terms that its sequences decide, all but energy and norm."""
     edit = answers.take(0, batch.edits)
     total = (answer_nll(edit) * batch.weights[: batch.edits]).sum()
     if reference is not None:
@@ -91,18 +94,10 @@ def _loss(
     return total
 
 
-def policy_loss(
-    env: Environment,
-    selector: Selector,
-    updater: Updater,
-    config: ObjectiveConfig,
-    batch: RewardBatch,
-    reference: Tensor | None,
-    shifts: Shifts,
-    action: Action,
-    target: float,
-) -> Tensor:
+def policy_loss(selector: Selector, action: Action, score: Callable[[Tensor], Tensor]) -> Tensor:
     """Scalar whose gradient trains a policy that wants its draws scored.
+
+    score: masks [C, L] -> their losses [C] on the true objective.
 
     Raises:
         ValueError: if the step has several edits, whose shifts depend on each other's masks.
@@ -114,12 +109,7 @@ def policy_loss(
             "edit at a time; set train.n_edits=1, or method.selector.estimator=straight_through"
         )
     masks = masks_of(action.draws)[:, 0]
-    critical = c.baseline == "self_critical" and c.estimator != "counterfactual"
-    if critical:
-        masks = torch.cat([masks, selector.mode(action.logits)])
-    losses = score_masks(
-        env, updater, config, batch, reference, shifts, masks, target, c.size_in_gate
-    )
-    if critical:
+    if c.baseline == "self_critical" and c.estimator != "counterfactual":
+        losses = score(torch.cat([masks, selector.mode(action.logits)]))
         return selector.loss(action, losses[:-1], losses[-1])
-    return selector.loss(action, losses)
+    return selector.loss(action, score(masks))

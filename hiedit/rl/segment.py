@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 
 import torch
@@ -19,15 +20,17 @@ from torch import Tensor
 
 from hiedit.config import TrainConfig
 from hiedit.data.tokens import encode
-from hiedit.rl.candidates import policy_loss
+from hiedit.rl.candidates import policy_loss, score_masks
 from hiedit.rl.checkpoint import Snapshot
 from hiedit.rl.objective import Objective, Rows
+from hiedit.rl.options import score_options
 from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
 from hiedit.types import Action, EditBatch, EditRequest, Shifts, Signals
 from hiedit.updaters.memory import lifelong_state, load_lifelong_state
 
 Backward = Callable[[Tensor], None]
+MaskScore = Callable[[Tensor], Tensor]  # masks [C, L] -> losses [C]
 
 
 @dataclass(frozen=True)
@@ -102,19 +105,10 @@ def train_edit(
         energy = updater.energy(shifts, in_gate)
         reward = objective(env, rewarded, reference, shifts, energy, in_gate)
         loss = reward.loss
-        if action.draws is not None:
-            target = rollout.passes.target_probability
-            loss = loss + policy_loss(
-                env,
-                selector,
-                updater,
-                objective.config,
-                rewarded,
-                reference,
-                shifts,
-                action,
-                target,
-            )
+        once = selector.config.credit_over == "option"  # the first pass's credit is of them all
+        if action.draws is not None and not (once and rewards):
+            score = _score(rollout, objective, batch, rewarded, reference, shifts)
+            loss = loss + policy_loss(selector, action, score)
         backward(loss)
         rewards.append(reward)
         return shifts
@@ -134,6 +128,16 @@ def train_edit(
         held=outcome.held,
         seconds=time.perf_counter() - start,
     )
+
+
+def _score(rollout, objective, batch, rewarded, reference, shifts: Shifts) -> MaskScore:
+    """What ``policy_loss`` scores masks by: this pass's shifts, or the whole option."""
+    config = rollout.selector.config
+    if config.credit_over == "option":
+        return partial(score_options, rollout, objective.config, batch, rewarded, reference)
+    given = rollout.env, rollout.updater, objective.config, rewarded, reference, shifts
+    target = rollout.passes.target_probability
+    return partial(score_masks, *given, target=target, size=config.size_in_gate)
 
 
 class Trajectory:
