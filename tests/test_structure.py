@@ -18,6 +18,7 @@ PACKAGE = ROOT / "hiedit"
 # and itself, and no other. Modules that are not listed compose the rest; they may import anything
 # but the command line, and no listed room may import them.
 LAYERS = [
+    {"checks"},
     {"types", "config", "durable", "extension", "provenance"},
     {"data", "world"},
     {"backbone"},
