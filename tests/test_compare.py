@@ -11,6 +11,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 from hiedit.compare import grid, measure
 from hiedit.compare.analysis import Comparison, auc, comparisons, truth_scores
@@ -157,7 +158,7 @@ def test_a_point_on_the_way_is_what_a_run_to_there_gives(finished, tmp_path):
 def test_a_killed_experiment_goes_on_with_the_same_numbers(finished, tmp_path, root):
     command = [sys.executable, "launch/compare.py", "experiment=selection-small", "jobs=1",
                f"run_dir={tmp_path}", "experiment.probes.edits=0"]  # fmt: skip
-    two, one = (os.environ | {"OMP_NUM_THREADS": n} for n in "21")  # of which nothing depends
+    two, one = (os.environ | {"OMP_NUM_THREADS": n} for n in "21")  # on which nothing depends
     process = subprocess.Popen(command, cwd=root, env=two, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 300
     while len(cells_of(tmp_path)) < 2 and process.poll() is None and time.monotonic() < deadline:
@@ -172,6 +173,21 @@ def test_a_killed_experiment_goes_on_with_the_same_numbers(finished, tmp_path, r
     probes = {name for name, c in cells_of(finished).items() if c["cell"]["phase"] == "probe"}
     wanted = {n: c for n, c in cells_of(finished).items() if n not in probes}
     assert cells_of(tmp_path) == wanted
+
+
+def test_a_cell_runs_on_one_thread_whatever_its_process_has(tmp_path, monkeypatch, threads):
+    threads(2)
+    seen = []
+
+    def measured(*_):
+        seen.append(torch.get_num_threads())
+        return {"label": "random", "points": []}
+
+    monkeypatch.setattr(measure, "measure", measured)
+    setup = setup_of(ExperimentConfig(methods=["random"]), "world")
+    cell = Cell(setup, "measure", 0, (2,), load_method("random"))
+    measure.run_cell(cell, str(tmp_path), lambda message: None)
+    assert seen == [1] and torch.get_num_threads() == 2
 
 
 # ---- keys and settings

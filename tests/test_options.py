@@ -17,6 +17,7 @@ from hiedit.backbone.model import Backbone
 from hiedit.config import ObjectiveConfig, SelectorConfig
 from hiedit.methods import build_method
 from hiedit.policy import estimators
+from hiedit.policy.selectors import Selector
 from hiedit.rl import segment
 from hiedit.rl.learner import Gradients
 from hiedit.rl.objective import Objective
@@ -52,15 +53,12 @@ def begun(base_model, method=METHOD):
 def fixed(base_model, module):
     """The reward's loss once the edit was committed in one module by the usual loop, its price of
     passes, and how many there were."""
-    names = Backbone(copy.deepcopy(base_model), tiny_tokenizer(), MODULES).names
     rollout, objective = begun(base_model)
     batch = objective.batch(STEP, "cpu")
     reference = objective.reference(rollout.env, batch)
-    rollout.selector = build_method(
-        rollout.env.backbone,
-        dataclasses.replace(METHOD, selector=SelectorConfig("static", modules=[names[module]])),
-        REQUESTS, PRESERVE, 0,
-    ).rollout.selector  # fmt: skip
+    names = rollout.updater.names
+    chosen = SelectorConfig("static", k=1, modules=[names[module]])
+    rollout.selector = Selector(names, {}, chosen)
 
     def hook(signals, action):
         with torch.no_grad():

@@ -12,27 +12,11 @@ import torch
 from torch import Tensor
 
 from hiedit.config import ObjectiveConfig, SelectorConfig
+from hiedit.policy.selectors import Selector
 from hiedit.rl.candidates import sequence_loss
 from hiedit.rl.objective import RewardBatch, squared_norm
 from hiedit.rl.rollout import Rollout
 from hiedit.types import Action, EditBatch, Shifts, Signals
-
-
-class Decided:
-    """In place of a selector: ``mask`` [E, L], whatever the signals."""
-
-    learned = False
-    config = SelectorConfig(kind="static")
-
-    def __init__(self, mask: Tensor):
-        self.mask = mask
-
-    def __call__(self, signals: Signals, explore: bool = False, gains=None) -> Action:
-        return Action(self.mask)
-
-    def again(self, signals: Signals, action: Action) -> Action:
-        """The choice holds for all passes of an edit."""
-        return action
 
 
 def score_options(
@@ -49,13 +33,15 @@ def score_options(
     """
     env, updater, size = rollout.env, rollout.updater, rollout.selector.config.size_in_gate
     target, losses = rollout.passes.target_probability, []
+    decided = Selector(updater.names, {}, SelectorConfig(kind="static"))
+    alone = Rollout(env, decided, updater, rollout.passes, observe=False)
 
     def plain(signals: Signals, action: Action) -> Shifts:
         with torch.no_grad():
             return updater(signals, action.mask)
 
     for mask in masks:
-        alone = Rollout(env, Decided(mask[None]), updater, rollout.passes, observe=False)
+        decided.set_static(mask)
         done = alone.propose(batch, plain)  # asks no prompts: the reward has a term for them
         with torch.no_grad():
             answers = env.answers(rewarded.tokens)
