@@ -133,3 +133,17 @@ def test_every_subset_is_drawn_where_there_are_few(base_model):
     masks = {tuple(m) for m in estimators.masks_of(draws)[:, 0].int().tolist()}
     assert len(masks) == len(draws) == 6 and all(sum(m) == 2 for m in masks)
     assert draws.max() == 2
+
+
+def test_energy_has_no_say_where_size_is_kept_out_of_the_gate(base_model):
+    apart = dataclasses.replace(METHOD, selector=dataclasses.replace(POLICY, size_in_gate=False))
+    free = dataclasses.replace(COSTS, rho=0.0, c_reg=0.0)
+    found = []
+    for method, costs in ((METHOD, COSTS), (METHOD, free), (apart, COSTS)):
+        rollout, objective = begun(base_model, method)
+        batch = objective.batch(STEP, "cpu")
+        reference = objective.reference(rollout.env, batch)
+        found.append(score_options(rollout, costs, STEP, batch, reference, torch.eye(4)))
+    counted, weightless, kept_out = found
+    assert torch.equal(kept_out, weightless)
+    assert bool((counted > kept_out).all())
