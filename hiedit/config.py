@@ -142,6 +142,8 @@ class UpdaterConfig:
     tokens: ``answer`` or ``all``. clamp: of normalised signals, in standard deviations.
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
     at the positions that predict their answers or at all up to there (``preserve_tokens``).
+    absorb_in: the modules that protect the keys of an edit once it is committed: those that it
+    ``touched``, or ``all``, because later edits that shift others disturb it there.
     lr: of the hypernetwork (Adam); lr_step: of the log step sizes and log ridges.
     phrasing: weight of the keys' scatter between phrasings of one fact in what the protection keeps
     away from, so that a shift rests on what phrasings share (0: none), measured on
@@ -161,6 +163,7 @@ class UpdaterConfig:
     per_module: bool = False
     eps: float = 0.02
     absorb: float = 0.05
+    absorb_in: str = "touched"
     preserve: int = 1000
     preserve_tokens: str = "answer"
     lr: float = 1e-4
@@ -174,6 +177,7 @@ class UpdaterConfig:
         choice("method.updater.normalise", self.normalise, ("running", "none"))
         choice("method.updater.step", self.step, ("gradient", "unit"))
         choice("method.updater.tokens", self.tokens, ("answer", "all"))
+        choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
         for key in ("eta", "lam", "eps"):
             at_least(f"method.updater.{key}", getattr(self, key), 0, strict=True)

@@ -11,6 +11,7 @@ from hiedit.backbone.normalise import stack_group
 from hiedit.config import UpdaterConfig
 from hiedit.types import Signals
 from hiedit.updaters.hypernetwork import Hypernetwork
+from hiedit.updaters.memory import absorb_kept, keys_to_keep
 from hiedit.updaters.updater import Updater
 
 # Two shapes, interleaved: the order of a group is not the model's.
@@ -331,3 +332,22 @@ def test_absorb_protects_the_modules_that_the_edit_touched_until_reset():
     updater.reset()
     for group, old in zip(updater.groups, before, strict=True):
         assert_close(group.protection.precision, old)
+
+
+def test_an_edit_is_protected_in_all_modules_where_that_is_asked():
+    signals = make_signals(edit=(0, 0, 1))
+    mask = float_mask([[1, 0, 0, 0, 0], [0, 0, 0, 0, 0]])  # the second edit touched nothing
+    updater = make_updater(**SETTINGS["protected-unit"], absorb_in="all")
+    wanted = make_updater(**SETTINGS["protected-unit"])
+    again = make_updater(**SETTINGS["protected-unit"], absorb_in="all")
+    updater.absorb(signals, mask)
+    wanted.absorb(signals, float_mask([[1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]))
+    kept = keys_to_keep(again, signals, mask)
+    assert list(kept) == [n for g in again.groups for n in g.names]  # all, the first edit's tokens
+    absorb_kept(again, kept)
+    for group, other, third in zip(updater.groups, wanted.groups, again.groups, strict=True):
+        fresh = torch.linalg.matrix_norm(group.protection.precision - other.protection.precision)
+        assert (fresh == 0).all()
+        assert_close(third.protection.precision, group.protection.precision)
+    touched = make_updater(**SETTINGS["protected-unit"])
+    assert list(keys_to_keep(touched, signals, mask)) == ["a"]

@@ -142,11 +142,19 @@ class Updater(nn.Module):
 
     def absorb(self, signals: Signals, mask: Tensor) -> None:
         """Protect the keys of an edit that was committed under ``mask`` [E, L]."""
+        mask = self.protects(mask)
         for group, columns in zip(self.groups, self._columns, strict=True):
             if group.protection is not None:
                 keys, _ = stack_group(signals, group.names)
                 live = mask[:, columns.to(mask.device)].T[:, signals.edit] != 0
                 group.protection.absorb(keys, live)
+
+    def protects(self, mask: Tensor) -> Tensor:
+        """[E, L]: where the keys of edits committed under ``mask`` [E, L] are protected, see
+        ``UpdaterConfig.absorb_in``; nowhere for an edit that touched nothing."""
+        if self.config.absorb_in == "touched":
+            return mask
+        return (mask != 0).any(-1, keepdim=True).to(mask.dtype).expand_as(mask)
 
     @torch.no_grad()
     def collision(self, signals: Signals) -> Tensor:
