@@ -9,14 +9,15 @@ from hiedit.backbone.losses import answer_confidence, answer_nll, mean_by_row
 from hiedit.backbone.model import Backbone, at_tokens
 from hiedit.types import IGNORE, Signals, TokenBatch
 
-TOKENS = ("answer", "all")
+TOKENS = ("answer", "all", "subject")
 
 
 def edit_tokens(batch: TokenBatch, which: str = "all") -> Tensor:
     """bool [N, S]: the positions whose keys and gradients describe the edit.
 
     ``answer``: those that predict an answer token. ``all``: every position up to the last of
-    them (later ones have no gradient). Padding is never among them.
+    them (later ones have no gradient). ``subject``: the last token of the subject, in sequences
+    where none is known those of ``answer``. Padding is never among them.
 
     Raises:
         ValueError: for another ``which``.
@@ -25,10 +26,21 @@ def edit_tokens(batch: TokenBatch, which: str = "all") -> Tensor:
     predicts[:, :-1] = batch.labels[:, 1:] != IGNORE
     if which == "answer":
         return predicts
+    if which == "subject":
+        return _at_subject(batch, predicts)
     if which != "all":
         raise ValueError(f"tokens={which!r}: valid are {', '.join(TOKENS)}")
     upto = predicts.flip(1).cumsum(1).flip(1) > 0
     return upto & batch.attention.bool()
+
+
+def _at_subject(batch: TokenBatch, otherwise: Tensor) -> Tensor:
+    """bool [N, S]: the column ``batch.subject``; the row of ``otherwise`` where that is not set."""
+    if batch.subject is None:
+        return otherwise
+    columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    known = (batch.subject >= 0)[:, None]
+    return torch.where(known, columns == batch.subject[:, None], otherwise)
 
 
 class Probe:
