@@ -14,6 +14,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hiedit.backbone.losses import answer_confidence
 from hiedit.config import PassesConfig
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
@@ -115,8 +116,9 @@ class Rollout:
         masks: list[Tensor] = []  # [E, L] of the passes on trial
         choice: Choice = None  # of the edit, unless every pass makes its own
         used, before, signals = 0, None, None
+        past = self.env.past(tokens, self.updater.config.tokens) if on_pass is None else None
         while True:
-            probe = self.env.probe(tokens, len(target), self.updater.config.tokens)
+            probe = self.env.probe(tokens, len(target), self.updater.config.tokens, past)
             loss, confidence = probe.loss, probe.confidence
             worse = before is not None and not bool(loss.sum() <= before[0].sum())
             if worse and self.passes.undo:
@@ -129,6 +131,9 @@ class Rollout:
                 loss, confidence = before
                 break
             active = confidence <= target
+            if past is not None and not bool(active.any()) and not self._confirmed(tokens, target):
+                past, before = None, None  # from here on with the whole of every prompt
+                continue
             inert = self.updater.config.kind == "none"
             if inert or used >= self.passes.max or not bool(active.any()):
                 break
@@ -145,6 +150,16 @@ class Rollout:
                 loss = confidence = torch.full_like(loss, torch.nan)
                 break
         return self._outcome(batch, masks, used, loss[:edits], confidence[:edits], signals)
+
+    def _confirmed(self, tokens: TokenBatch, target: Tensor) -> bool:
+        """Whether every edit holds on its own prompt, the first of its sequences, when all of it is
+        computed with the passes on trial."""
+        if not self.env.pending:
+            return True
+        firsts = (tokens.edit[:, None] == torch.arange(len(target), device=target.device)).long()
+        with torch.no_grad():
+            answers = self.env.answers(tokens.select(firsts.argmax(0)))
+        return bool((answer_confidence(answers) > target).all())
 
     def _choose(self, signals: Signals, choice: Choice, explore: bool) -> Choice:
         """(signals, action) that decide which modules this pass touches.
