@@ -6,15 +6,10 @@ model is loaded. Components take their own sub-config, never the root.
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
-import types
-import typing
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 from hiedit.checks import at_least, choice
+from hiedit.checks import from_mapping as from_mapping  # what builds these from YAML
 
 SELECTORS = (
     "all", "random", "static", "static_frequency", "best_subset", "gain", "top_norm", "shuffled",
@@ -137,8 +132,9 @@ class UpdaterConfig:
     """The low level: the shift of each chosen module.
 
     normalise: ``running`` gives the solver standardised signals (RLEdit, MALMEN, UltraEdit),
-    ``none`` raw ones. step: ``gradient`` wants the output change ``-eta G'``; ``unit`` wants it
-    ``eta`` times the module's typical output, along the edit's gradient.
+    ``none`` raw ones. step: ``gradient`` wants the output change ``-eta G'``; ``relative`` one
+    whose longest is ``eta`` times as long as the module's typical output; ``unit`` is the same for
+    the protected solver, and ``gradient`` for the others.
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
@@ -179,7 +175,7 @@ class UpdaterConfig:
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)
         choice("method.updater.normalise", self.normalise, ("running", "none"))
-        choice("method.updater.step", self.step, ("gradient", "unit"))
+        choice("method.updater.step", self.step, ("gradient", "unit", "relative"))
         choice("method.updater.tokens", self.tokens, ("answer", "all", "subject"))
         choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
@@ -351,50 +347,3 @@ class EvaluateConfig:
             raise ValueError(
                 f"evaluate.retention_share={self.retention_share!r}: it must lie in (0, 1]"
             )
-
-
-def from_mapping(cls, values: Mapping[str, Any], where: str = ""):
-    """Build the dataclass ``cls`` from nested mappings (a YAML file), checking keys and types.
-
-    Raises:
-        ValueError: on an unknown key, naming it and the nearest valid one, or a wrong type.
-    """
-    fields = {f.name: f for f in dataclasses.fields(cls)}
-    values = {} if values is None else values
-    if not isinstance(values, Mapping):
-        at = f"{where}={values!r}" if where else repr(values)
-        raise ValueError(f"{at}: it must be a group of keys ({', '.join(fields)})")
-    hints = typing.get_type_hints(cls)
-    built = {}
-    for key, value in values.items():
-        path = f"{where}.{key}" if where else str(key)
-        if key not in fields:
-            near = difflib.get_close_matches(str(key), fields, n=1, cutoff=0.3)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise ValueError(f"{path}={value!r}: no such key{hint} (valid: {', '.join(fields)})")
-        built[key] = _typed(hints[key], value, path)
-    return cls(**built)
-
-
-def _typed(hint: Any, value: Any, path: str) -> Any:
-    """``value`` as ``hint`` wants it; ints pass for floats, a list of one type is checked whole."""
-    if dataclasses.is_dataclass(hint):
-        if value is None:
-            raise ValueError(f"{path}=None: it must be a group of keys")
-        return from_mapping(hint, value, path)
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    for option in options:
-        if option is type(None):
-            if value is None:
-                return None
-        elif typing.get_origin(option) is list:
-            if isinstance(value, list | tuple):
-                inner = typing.get_args(option)[0]
-                return [_typed(inner, v, f"{path}[{i}]") for i, v in enumerate(value)]
-        elif option is float and isinstance(value, int | float) and not isinstance(value, bool):
-            return float(value)
-        elif isinstance(value, option) and (option is bool) == isinstance(value, bool):
-            return value
-    names = ("null" if o is type(None) else getattr(o, "__name__", str(o)) for o in options)
-    wanted = " or ".join(names)
-    raise ValueError(f"{path}={value!r} ({type(value).__name__}): it must be {wanted}")

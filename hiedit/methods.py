@@ -15,9 +15,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.backbone.moments import key_moments, phrasing_scatter
+from hiedit.backbone.moments import key_moments, output_power, phrasing_scatter
 from hiedit.checks import choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
+from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector, top_k_mask
 from hiedit.rl.effects import best_subset, single_module_effects
@@ -87,6 +88,8 @@ def build_method(
     if protects:
         facts = phrasings_of(train, config) if config.updater.phrasing else ()
         fit_protection(backbone, updater, pairs, facts)
+    if updater.wants_power:
+        fit_power(backbone, updater, preserve or NEUTRAL)
     if config.passes.preserved:
         known = known_pairs(backbone, pairs, config.passes.preserved_probability)
         method.rollout.preserved = Preserved(known, config.passes)
@@ -175,6 +178,13 @@ def fit_protection(
     if facts:
         scatter = phrasing_scatter(backbone, (tokens(fact) for fact in facts))
     updater.fit_protection(moments, scatter)
+
+
+def fit_power(backbone: Backbone, updater: Updater, pairs: Sequence[Pair], most: int = 64) -> None:
+    """Tell ``updater`` how large its modules' outputs are, on the first ``most`` sentences made of
+    ``pairs``."""
+    tokens = encode(backbone.tokenizer, list(pairs[:most]), padding_side="left")
+    updater.fit_power(output_power(backbone, [tokens.to(backbone.device)]))
 
 
 def preserved_pairs(

@@ -60,6 +60,22 @@ def key_moments(
     return {n: total.moments() for n, total in sums.items()}
 
 
+@torch.no_grad()
+def output_power(backbone: Backbone, batches: Iterable[TokenBatch]) -> dict[str, Tensor]:
+    """By module, the mean of ``|y|^2`` [] over the tokens of ``batches`` that are neither padding
+    nor sinks (outputs more than ``SINK`` times as long as the median one)."""
+    sizes: dict[str, list[Tensor]] = {n: [] for n in backbone.modules}
+    for batch in batches:
+        where = batch.attention.bool()
+        with backbone.capture() as (_, outputs):
+            backbone.answers(batch)
+        for name, found in sizes.items():
+            y = at_tokens(outputs[name], where, batch.attention).float()
+            found.append(y.square().sum(-1))
+    joined = {n: torch.cat(found) for n, found in sizes.items()}
+    return {n: s[s <= SINK**2 * s.median()].mean() for n, s in joined.items()}
+
+
 class _Sums:
     """The running sums of one module's moments."""
 

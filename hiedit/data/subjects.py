@@ -25,8 +25,8 @@ _JOINS = frozenset(
 # Begin a question or a sentence with a capital letter without being a name.
 _OPENERS = frozenset(
     "what which who whom whose when where why how is are was were do does did has have had can "
-    "could will would should in on at by of for from to with the a an it its his her their this that "
-    "these those as name and or if during after before".split()
+    "could will would should in on at by of for from to with the a an it its his her their this "
+    "that these those as name and or if during after before".split()
 )
 
 

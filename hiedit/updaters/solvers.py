@@ -33,8 +33,15 @@ def least_squares(
     keys, pseudo_keys: [M, T, I]. grads: [M, T, O]. eta, lam: [M].
     """
     target = -eta[:, None, None] * (keys * pseudo_keys).sum(-1, keepdim=True) * grads
-    gram = keys @ keys.mT
-    return keys, _ridge(gram, target, lam, live)
+    return ridge_regression(keys, target, lam, live)
+
+
+def ridge_regression(
+    keys: Tensor, target: Tensor, lam: Tensor, live: Tensor
+) -> tuple[Tensor, Tensor]:
+    """``delta_W^T = K^T (K K^T + lam I)^-1 D`` for wanted changes ``D`` [M, T, O] of the outputs
+    at ``keys`` [M, T, I]; lam: [M]."""
+    return keys, _ridge(keys @ keys.mT, target, lam, live)
 
 
 def protected_least_squares(

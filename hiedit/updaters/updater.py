@@ -17,7 +17,12 @@ from hiedit.config import UpdaterConfig
 from hiedit.types import Shift, Shifts, Signals
 from hiedit.updaters.hypernetwork import Hypernetwork
 from hiedit.updaters.protection import Protection
-from hiedit.updaters.solvers import least_squares, outer_product, protected_least_squares
+from hiedit.updaters.solvers import (
+    least_squares,
+    outer_product,
+    protected_least_squares,
+    ridge_regression,
+)
 
 
 class ShapeGroup(nn.Module):
@@ -38,6 +43,9 @@ class ShapeGroup(nn.Module):
             else None
         )
         protects = config.solver == "protected"
+        # What a typical output of each module is, for solvers that are not told it otherwise.
+        relative = config.step == "relative" and not protects
+        self.register_buffer("power", torch.ones(m) if relative else None)
         self.protection = (
             Protection(m, i, config.eps, config.absorb, config.phrasing) if protects else None
         )
@@ -60,9 +68,13 @@ class ShapeGroup(nn.Module):
         pseudo_keys, pseudo_grads = self.pseudo(keys, grads)
         eta, lam = self.log_eta.exp(), self.log_lam.exp()
         if self.config.solver == "outer":
-            return outer_product(pseudo_keys, pseudo_grads, eta)
+            a, r = outer_product(pseudo_keys, pseudo_grads, eta)
+            return a, r if self.power is None else self._relative(r, keys @ a.mT @ r, edit, eta)
         if self.config.solver == "least_squares":
-            return least_squares(keys, pseudo_keys, pseudo_grads, eta, lam, live)
+            if self.power is None:
+                return least_squares(keys, pseudo_keys, pseudo_grads, eta, lam, live)
+            wanted = -(keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_grads
+            return ridge_regression(keys, self._relative(wanted, wanted, edit, eta), lam, live)
         target = -eta[:, None, None] * self._step(pseudo_grads, edit)
         precision = self.protection.precision
         return protected_least_squares(pseudo_keys, target, lam, precision, live)
@@ -71,11 +83,22 @@ class ShapeGroup(nn.Module):
         """Each edit's longest gradient gets the length of a typical output, whatever its batch."""
         if self.config.step == "gradient":
             return grads
-        length = grads.norm(dim=-1)
-        longest = length.new_zeros(len(length), int(edit.max()) + 1)
-        longest = longest.scatter_reduce(1, edit.expand_as(length), length, "amax")
-        longest = longest[:, edit].clamp(min=1e-20)
+        longest = _longest(grads, edit)
         return grads * (self.protection.power.sqrt()[:, None] / longest)[:, :, None]
+
+    def _relative(self, rows: Tensor, change: Tensor, edit: Tensor, eta: Tensor) -> Tensor:
+        """``rows`` [M, T, O], scaled for each edit so that the longest of its changes of the
+        outputs, ``change`` [M, T, O], is ``eta`` times as long as a typical output."""
+        length = (eta * self.power.sqrt())[:, None] / _longest(change.detach(), edit)
+        return rows * length[:, :, None]
+
+
+def _longest(rows: Tensor, edit: Tensor) -> Tensor:
+    """[M, T]: the largest norm of any row [M, T, O] of the token's edit."""
+    length = rows.norm(dim=-1)
+    longest = length.new_zeros(len(length), int(edit.max()) + 1)
+    longest = longest.scatter_reduce(1, edit.expand_as(length), length, "amax")
+    return longest[:, edit].clamp(min=1e-20)
 
 
 class Updater(nn.Module):
@@ -196,6 +219,16 @@ class Updater(nn.Module):
         for group in self.groups:
             if group.protection is not None:
                 group.protection.reset()
+
+    @property
+    def wants_power(self) -> bool:
+        """Whether steps are relative to outputs that are still to be measured."""
+        return any(group.power is not None for group in self.groups)
+
+    def fit_power(self, power: Mapping[str, Tensor]) -> None:
+        """power: by module, the mean squared norm of its outputs []."""
+        for group in self.groups:
+            group.power.copy_(torch.stack([power[n] for n in group.names]))
 
     def fit_protection(
         self,
