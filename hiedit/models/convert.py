@@ -195,7 +195,7 @@ def _reads_back(directory: Path, tokenizer, gguf: Path) -> None:
     AutoConfig.from_pretrained(directory)
     again = AutoTokenizer.from_pretrained(directory)
     one, other = (t(_PROBE)["input_ids"] for t in (tokenizer, again))
-    if one != other or len(tokenizer) != len(again) or again.decode(other) != tokenizer.decode(one):
+    if one != other or len(tokenizer) != len(again):
         raise ValueError(f"{gguf}: its tokenizer does not read back as it was written")
 
 
