@@ -84,7 +84,7 @@ def test_digits_stand_alone_where_the_vocabulary_was_learned_so(tmp_path):
 
 
 def test_a_file_is_edited_reverted_and_exported(file, tmp_path):
-    (tmp_path / "closed.yaml").write_text(METHOD)
+    (tmp_path / "closed.yaml").write_text(METHOD.replace("max: 10", "max: 3"))
     requests = [EditRequest("The capital of France is", "Lyon"),
                 EditRequest("The river of Rome is the", "Rhone")]  # fmt: skip
     with Editor.from_pretrained(
