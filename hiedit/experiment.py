@@ -117,7 +117,7 @@ def check_modules(config: ModelConfig) -> list[str]:
         first = str(error).splitlines()[0]
         raise ValueError(
             f"model.path={config.path!r}: no model there ({first}); give a directory that holds "
-            "config.json, a GGUF file, a hub name, or a name of `hiedit models` (world, ...)"
+            "config.json, a GGUF file, a hub name, 'world', or another name of `hiedit models`"
         ) from None
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(
