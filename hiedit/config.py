@@ -6,7 +6,7 @@ model is loaded. Components take their own sub-config, never the root.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hiedit.checks import at_least, choice
 from hiedit.checks import from_mapping as from_mapping  # what builds these from YAML
@@ -140,9 +140,11 @@ class UpdaterConfig:
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
-    before which the edit is made too. clamp: of normalised signals, in standard deviations.
+    before which the edit is made too. ``auto`` and null leave
+    either to the model's ``Place``. clamp: of normalised signals, in standard deviations.
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
-    at the positions that predict their answers or at all up to there (``preserve_tokens``).
+    at the positions that predict their answers or at all up to there (``preserve_tokens``), and on
+    ``own_text`` texts that the model writes by itself.
     absorb_in: the modules that protect the keys of an edit once it is committed: those that it
     ``touched``, or ``all``, because later edits that shift others disturb it there.
     lr: of the hypernetwork (Adam); lr_step: of the log step sizes and log ridges.
@@ -171,14 +173,15 @@ class UpdaterConfig:
     lr_step: float = 1e-2
     phrasing: float = 0.0
     phrasing_edits: int = 200
-    contexts: int = 0
+    contexts: int | None = 0
+    own_text: int = 0
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)
         choice("method.updater.normalise", self.normalise, ("running", "none"))
         choice("method.updater.step", self.step, ("gradient", "unit", "relative", "joint"))
-        choice("method.updater.tokens", self.tokens, ("answer", "all", "subject"))
+        choice("method.updater.tokens", self.tokens, ("answer", "all", "subject", "auto"))
         choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
         for key in ("eta", "lam", "eps"):
@@ -187,13 +190,35 @@ class UpdaterConfig:
             at_least(f"method.updater.{key}", getattr(self, key), 1)
         if self.clamp is not None:
             at_least("method.updater.clamp", self.clamp, 0, strict=True)
-        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing", "contexts"):
+        if self.contexts is not None:
+            at_least("method.updater.contexts", self.contexts, 0)
+        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing", "own_text"):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
         if self.phrasing and self.solver != "protected":
             raise ValueError(
                 f"method.updater.phrasing={self.phrasing!r}: it is part of the protection; set "
                 "method.updater.solver=protected, or phrasing to 0"
             )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where edits act on one model, for methods that leave it to the model.
+
+    tokens, contexts: as in ``UpdaterConfig``.
+    """
+
+    tokens: str = "subject"
+    contexts: int = 5
+
+    def fill(self, config: MethodConfig) -> MethodConfig:
+        """``config`` with what it left to the model."""
+        updater = config.updater
+        tokens = self.tokens if updater.tokens == "auto" else updater.tokens
+        contexts = self.contexts if updater.contexts is None else updater.contexts
+        if (tokens, contexts) == (updater.tokens, updater.contexts):
+            return config
+        return replace(config, updater=replace(updater, tokens=tokens, contexts=contexts))
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hiedit.backbone.model import Backbone
-from hiedit.config import EvaluateConfig, MethodConfig, TrainConfig
+from hiedit.config import EvaluateConfig, MethodConfig, Place, TrainConfig
 from hiedit.data.records import load_records
 from hiedit.data.stream import EditStream, StreamConfig, splits
 from hiedit.evaluation.lifelong import StreamProbe, run_stream, with_training
@@ -91,7 +91,16 @@ def load_backbone(config: ModelConfig) -> Backbone:
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
     host = config.edits_on == "host"
-    return Backbone(model.to(device), tokenizer, config.modules, edits_on_host=host)
+    backbone = Backbone(model.to(device), tokenizer, config.modules, edits_on_host=host)
+    backbone.place = place_of(config)
+    return backbone
+
+
+def place_of(config: ModelConfig) -> Place:
+    """Where edits act on the model that ``config`` names."""
+    usual = Place("answer", 0) if config.path == WORLD else Place()
+    tokens = usual.tokens if config.tokens is None else config.tokens
+    return Place(tokens, usual.contexts if config.contexts is None else config.contexts)
 
 
 def is_editor(path: str) -> bool:

@@ -22,6 +22,8 @@ class ModelConfig:
     modules: names or patterns (``model.layers.{11-15}.mlp.gate_proj``); null: the default.
     edits_on: where W_0 and the sum of shifts are kept that a commit needs, the model's ``device``
     or the ``host``'s memory (a quarter of an 8B model in bf16 less on the device, slower commits).
+    tokens, contexts: where methods with ``updater.tokens=auto`` edit (see ``UpdaterConfig``); null:
+    at the subject's last token behind 5 contexts, and for ``world`` at the answer without any.
     """
 
     name: str = "world"
@@ -31,10 +33,16 @@ class ModelConfig:
     device: str = "auto"
     trust_remote_code: bool = False
     edits_on: str = "device"
+    tokens: str | None = None
+    contexts: int | None = None
 
     def __post_init__(self):
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.edits_on", self.edits_on, ("device", "host"))
+        if self.tokens is not None:
+            choice("model.tokens", self.tokens, ("answer", "all", "subject"))
+        if self.contexts is not None:
+            at_least("model.contexts", self.contexts, 0)
         if not self.path:
             raise ValueError(
                 "model.path is empty: give a model directory, a GGUF file, a hub name, or 'world'"

@@ -20,6 +20,7 @@ from hiedit.backbone.modules import EditableModule, resolve_modules
 from hiedit.backbone.packing import Packing, active, packed, pays, possible
 from hiedit.backbone.past import Past
 from hiedit.backbone.prefix import DEFAULT_BYTES, Prefix
+from hiedit.config import Place
 from hiedit.types import IGNORE, Shift, TokenBatch
 
 
@@ -30,6 +31,7 @@ class Backbone:
     autograd graph begins at the lowest editable module and no dense weight gradient can arise.
     The hidden states below that module are kept, at most ``prefix_bytes`` of them (0: none).
     edits_on_host: what commits need beside the weights is kept in host memory, see ``HostModule``.
+    place: where methods that leave it to the model edit.
 
     Raises:
         ValueError: if ``modules`` names a layer that the model lacks.
@@ -44,7 +46,7 @@ class Backbone:
         edits_on_host: bool = False,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.place = tokenizer, Place()
         found = resolve_modules(model, modules)
         kept = {n: on_host(m) for n, m in found.items()} if edits_on_host else found
         self.modules: Mapping[str, EditableModule] = kept
