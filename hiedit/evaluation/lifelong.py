@@ -5,20 +5,23 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from hiedit.config import EvaluateConfig
+from hiedit.data.passages import neutral_texts
 from hiedit.evaluation.examples import Examples
+from hiedit.evaluation.perplexity import perplexity
 from hiedit.evaluation.results import (
     CurvePoint,
     MethodResult,
     Scores,
     stream_fingerprint,
 )
-from hiedit.evaluation.stream import Measured, StreamProbe, mean
+from hiedit.evaluation.stream import Measured, StreamProbe, mean, scores_of
 from hiedit.rl.rollout import Rollout
 from hiedit.types import EditBatch
 
@@ -45,7 +48,9 @@ def run_stream(
     rollout.reset()
     examples = Examples(probe, config.examples)
     marks = sorted({max(1, round(total * (i + 1) / config.points)) for i in range(config.points)})
-    curve, masks, passes, seconds = [], [], 0, 0.0
+    texts = neutral_texts(config.neutral)
+    read_before = perplexity(probe.backbone, texts)
+    curve, masks, passes, seconds, at_once = [], [], 0, 0.0, []
     for first in range(0, total, n_edits):
         step = EditBatch(requests[first : first + n_edits], first)
         start = time.perf_counter()
@@ -54,6 +59,8 @@ def run_stream(
         masks.append(outcome.mask.cpu())
         passes += outcome.passes * len(step)
         done = first + len(step)
+        if config.immediate:
+            at_once.append(probe.edits(range(first, done)))
         while marks and done >= marks[0] and done < total:
             curve.append(CurvePoint(done, probe.measure(done).scores()))
             marks = [m for m in marks if m > done]
@@ -71,9 +78,12 @@ def run_stream(
         before=probe.before.scores(),
         retention=final.scores(slice(0, early)),
         retention_edits=early,
+        immediate=_joined(at_once),
         curve=tuple(curve),
         by_age=_by_age(final, total),
         kl=mean(final.kl) or 0.0,
+        perplexity_before=read_before,
+        perplexity_after=perplexity(probe.backbone, texts),
         weight_growth=rollout.env.state.growth(),
         layers_per_edit=float(touched.sum(-1).mean()),
         passes_per_edit=passes / total,
@@ -84,6 +94,11 @@ def run_stream(
         examples=examples.found(),
         stream=stream_fingerprint(requests),
     )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]]) -> Scores | None:
+    """The scores of all ``parts`` together."""
+    return scores_of({k: torch.cat([p[k] for p in parts]) for k in parts[0]}) if parts else None
 
 
 def _by_age(final: Measured, total: int, buckets: int = 5) -> tuple[tuple[int, Scores], ...]:

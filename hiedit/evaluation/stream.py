@@ -11,7 +11,7 @@ from torch import Tensor
 from hiedit.backbone.model import Backbone
 from hiedit.evaluation.metrics import continuations, decide
 from hiedit.evaluation.reading import Path, Reading, paths, read
-from hiedit.evaluation.scores import Scores
+from hiedit.evaluation.scores import SCORES, Scores
 from hiedit.evaluation.words import Match
 from hiedit.types import EditRequest
 
@@ -54,19 +54,20 @@ class Measured:
 
     def scores(self, rows: slice = slice(None)) -> Scores:
         """Means over ``rows`` of the stream, requests without such a prompt left out."""
+        return scores_of(vars(self), rows)
 
-        def share(part: Tensor, whole: Tensor) -> float | None:
-            part, whole = part[rows].nansum(), whole[rows].nansum()
-            return float(part / whole) if whole else None
 
-        named = {
-            f"{kind.upper()}{ending}": mean(getattr(self, kind + ending)[rows])
-            for kind in ("es", "gs", "ls")
-            for ending in ("", "_end", "_tf", "_prob", "_pos")
-            if kind + ending != "ls_end"
-        }
-        known = share(self.known, self.asked)
-        return Scores(**named, LS_gold=share(self.kept, self.known), LS_known=known)
+def scores_of(values: Mapping[str, Tensor], rows: slice = slice(None)) -> Scores:
+    """The scores of the columns in ``values``, named as in ``Measured``; others are None."""
+
+    def share(part: str, whole: str) -> float | None:
+        if part not in values:
+            return None
+        part, whole = (values[name][rows].nansum() for name in (part, whole))
+        return float(part / whole) if whole else None
+
+    named = {name: mean(values[name.lower()][rows]) for name in SCORES if name.lower() in values}
+    return Scores(**named, LS_gold=share("kept", "known"), LS_known=share("known", "asked"))
 
 
 def mean(values: Tensor) -> float | None:
@@ -120,20 +121,28 @@ class StreamProbe:
 
     def measure(self, upto: int) -> Measured:
         """Ask the model as it is now about the first ``upto`` requests."""
-        questions = [[q for q in group if q.owner < upto] for group in (self._edits, self._heldout)]
         near = [n for n in self.neighbours if n.owner < upto]
+        return Measured(**self._columns(range(upto), near))
+
+    def edits(self, rows: range) -> dict[str, Tensor]:
+        """The columns of efficacy and generalisation alone, of the requests ``rows``."""
+        return self._columns(rows, None)
+
+    def _columns(self, rows: range, near: Sequence[Neighbour] | None) -> dict[str, Tensor]:
+        """Each [len(rows)]; locality is left out where ``near`` is None."""
+        questions = [[q for q in g if q.owner in rows] for g in (self._edits, self._heldout)]
         asked = [p for group in questions for q in group for p in (q.new, q.old) if p]
-        asked += [p for n in near for p in (n.said, n.gold, n.new, n.old) if p]
+        asked += [p for n in near or () for p in (n.said, n.gold, n.new, n.old) if p]
         found = dict(zip(asked, read(self.backbone, asked, self.batch), strict=True))
         pairs = {q.new: q.pair for group in questions for q in group}
-        pairs |= {n.gold: n.pair for n in near if n.gold}
+        pairs |= {n.gold: n.pair for n in near or () if n.gold}
         readings = [found[path] for path in pairs]
         matches = decide(self.backbone, list(pairs.values()), readings, self.batch)
         given = dict(zip(pairs, matches, strict=True))
-        values = _local(near, found, given, upto)
+        values = {} if near is None else _local(near, found, given, rows)
         for kind, group in zip(("es", "gs"), questions, strict=True):
-            values |= _asked(kind, group, found, given, upto)
-        return Measured(**values)
+            values |= _asked(kind, group, found, given, rows)
+        return values
 
     def agrees(self, near: Sequence[Neighbour]) -> list[bool]:
         """Whether the model as it is now answers each unrelated prompt as LS wants it."""
@@ -205,9 +214,9 @@ Given = Mapping[Path, Match]
 
 
 def _asked(
-    kind: str, group: list[_Question], found: Found, given: Given, upto: int
+    kind: str, group: list[_Question], found: Found, given: Given, rows: range
 ) -> dict[str, Tensor]:
-    """The columns of ``kind`` (es or gs), each [upto]."""
+    """The columns of ``kind`` (es or gs), each [len(rows)]."""
     new = [found[q.new] for q in group]
     old = [found[q.old] if q.old else None for q in group]
     columns = {
@@ -221,11 +230,11 @@ def _asked(
         "_pos": [_share(n.beats) if q.first else NAN for q, n in zip(group, new, strict=True)],
     }
     owners = [q.owner for q in group]
-    return {kind + k: _by_request(owners, column, upto) for k, column in columns.items()}
+    return {kind + k: _by_request(owners, column, rows) for k, column in columns.items()}
 
 
-def _local(near: list[Neighbour], found: Found, given: Given, upto: int) -> dict[str, Tensor]:
-    """The columns of locality, each [upto]."""
+def _local(near: list[Neighbour], found: Found, given: Given, rows: range) -> dict[str, Tensor]:
+    """The columns of locality, each [len(rows)]."""
     said = [found[n.said] for n in near]
     same = [
         [a == b for a, b in zip(s.best, n.best, strict=True)]
@@ -243,7 +252,7 @@ def _local(near: list[Neighbour], found: Found, given: Given, upto: int) -> dict
         "kl": [NAN if s.kl is None else s.kl for s in said],
     }
     owners = [n.owner for n in near]
-    values = {k: _by_request(owners, column, upto) for k, column in columns.items()}
+    values = {k: _by_request(owners, column, rows) for k, column in columns.items()}
     counted = {
         "kept": [n.owner for n in near if n.gold and given[n.gold].begins],
         "known": [n.owner for n in near if n.gold],
@@ -251,7 +260,7 @@ def _local(near: list[Neighbour], found: Found, given: Given, upto: int) -> dict
     }
     for name, owned in counted.items():
         owned = torch.tensor(owned, dtype=torch.int64)
-        values[name] = torch.bincount(owned, minlength=upto).float()
+        values[name] = torch.bincount(owned, minlength=len(rows)).float()
     return values
 
 
@@ -283,11 +292,11 @@ def _share(flags: Sequence[bool]) -> float:
     return sum(flags) / len(flags) if flags else NAN
 
 
-def _by_request(owners: list[int], values: list[float], upto: int) -> Tensor:
-    """[upto]: means over each request's prompts that have a value; NaN where none has."""
+def _by_request(owners: list[int], values: list[float], rows: range) -> Tensor:
+    """[len(rows)]: means over each request's prompts that have a value; NaN where none has."""
     value = torch.tensor(values, dtype=torch.float32)
-    owner = torch.tensor(owners, dtype=torch.int64)
+    owner = torch.tensor(owners, dtype=torch.int64) - rows.start
     there = ~value.isnan()
     owner, value = owner[there], value[there]
-    count = torch.bincount(owner, minlength=upto)
-    return torch.zeros(upto).index_add(0, owner, value) / count
+    count = torch.bincount(owner, minlength=len(rows))
+    return torch.zeros(len(rows)).index_add(0, owner, value) / count
