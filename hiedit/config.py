@@ -359,12 +359,15 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measuring: at ``points`` moments of the stream; retention looks at the earliest
-    ``retention_share`` of the edits; ``batch`` sequences a forward pass."""
+    ``retention_share`` of the edits; ``batch`` sequences a forward pass. immediate: also ask about
+    every edit once it is made. neutral: a file of texts for the perplexity; null: our own."""
 
     points: int = 5
     retention_share: float = 0.25
     batch: int = 128
     examples: int = 3
+    immediate: bool = False
+    neutral: str | None = None
 
     def __post_init__(self):
         at_least("evaluate.points", self.points, 1)

@@ -56,10 +56,10 @@ def holding(backbone: Backbone, records: Sequence[Record]) -> Holding:
     effective = [r for r in records if r.status in (ACTIVE, FOLDED)]
     latest = list({r.request.prompt: r for r in effective}.values())
     pairs = [(i, pair) for i, r in enumerate(latest) for pair in own_prompts(r.request)]
-    exact = answered(backbone, [pair for _, pair in pairs]).exact.float()
+    given = answered(backbone, [pair for _, pair in pairs]).begins.float()
     owner = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
     count = torch.bincount(owner, minlength=len(latest)).clamp(min=1)
-    now = (torch.zeros(len(latest)).index_add(0, owner, exact) / count).tolist()
+    now = (torch.zeros(len(latest)).index_add(0, owner, given) / count).tolist()
     then = [float(r.report.get("success") or 0.0) for r in latest]
     lost = tuple(r.id for r, a, b in zip(latest, then, now, strict=True) if b < a)
     size = max(1, len(latest))

@@ -76,7 +76,7 @@ def predict(env: Environment, request: EditRequest, watched: Sequence[Pair]) -> 
     local = [(place.prompt, place.answer or SILENCE) for place in request.locality]
     with torch.no_grad():
         with env.with_shifts():
-            success = float(answered(env.backbone, own_prompts(request)).exact.float().mean())
+            success = float(answered(env.backbone, own_prompts(request)).begins.float().mean())
         kl = _kl(env, [*local, *watched]) if local or watched else None
     return Prediction(success, kl)
 

@@ -20,6 +20,7 @@ import torch
 
 from hiedit.backbone.model import Backbone
 from hiedit.config import MethodConfig, from_mapping
+from hiedit.data.passages import neutral_texts
 from hiedit.evaluation.lifelong import StreamProbe, with_training
 from hiedit.evaluation.report import report
 from hiedit.evaluation.results import MethodResult, write_results
@@ -321,6 +322,7 @@ def _check(config: RunConfig, out: Path, editor: str | None) -> None:
     modules = check_modules(config.model)
     if editor:
         read_editor(editor, modules)
+    neutral_texts(config.evaluate.neutral)
     data = load_data(config.dataset, config.stream, config.seed)
     skipped = f" ({data.skipped} malformed rows skipped)" if data.skipped else ""
     print(
