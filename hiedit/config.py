@@ -332,12 +332,14 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measuring: at ``points`` moments of the stream; retention looks at the earliest
-    ``retention_share`` of the edits; ``batch`` sequences a forward pass."""
+    ``retention_share`` of the edits; ``batch`` sequences a forward pass. guard: whether edits must
+    keep the default bounds (docs/safety.md); null: on every model but the embedded world."""
 
     points: int = 5
     retention_share: float = 0.25
     batch: int = 128
     examples: int = 3
+    guard: bool | None = None
 
     def __post_init__(self):
         at_least("evaluate.points", self.points, 1)

@@ -22,6 +22,7 @@ from hiedit.cli.shared import (
     app,
     friendly,
 )
+from hiedit.limits import MAX_DRIFT, MAX_KL, Guard
 from hiedit.progress import Progress, Update
 
 STDIN = Path("-")
@@ -46,7 +47,13 @@ def edit(
         typer.Option(help="editable modules (repeatable); default: the ledger's, else see README"),
     ] = None,
     max_kl: Annotated[
-        float | None, typer.Option(help="reject edits that move unrelated prompts by more (nats)")
+        str, typer.Option(help="one edit may move watched prompts by so much (nats); or none")
+    ] = f"{MAX_KL:g}",
+    max_drift: Annotated[
+        str, typer.Option(help="and all edits together, from the base model; or none")
+    ] = f"{MAX_DRIFT:g}",
+    max_local_kl: Annotated[
+        float | None, typer.Option(help="reject edits that move a row's locality prompts by more")
     ] = None,
     min_success: Annotated[
         float | None, typer.Option(help="reject edits that answer a smaller share of their prompts")
@@ -81,11 +88,16 @@ def edit(
     "locality" prompts where there are any, or of a schema that `hiedit evaluate` reads. The model's
     directory is not touched: the ledger holds the edits, `hiedit export` hands the result on.
 
-    Example: `hiedit edit --model world --input edits.jsonl --ledger edits --max-kl 0.05`
+    An edit that moves what it should not touch (the model's own answers to prompts that have
+    nothing to do with it) by more than --max-kl, or the sum of all edits by more than --max-drift,
+    is made smaller, and rejected where it then no longer holds (docs/safety.md).
+
+    Example: `hiedit edit --model world --input edits.jsonl --ledger edits`
 
     A pipe: `produce | hiedit edit --model world --input - | consume`. Each line is acknowledged
     by a line of JSON with line, status (committed, skipped, rejected, predicted, invalid), id,
-    success, kl, layers, passes, reasons and conflicts, as soon as its edit is on disk.
+    success, kl, drift, scale, layers, passes, reasons and conflicts, as soon as its edit is on
+    disk.
 
     A model larger than one device: launch/edit_sharded.py, with the same options.
 
@@ -96,11 +108,10 @@ def edit(
     from hiedit.cli.report import Report
     from hiedit.cli.requests import from_file, from_lines
     from hiedit.experiment import is_editor
-    from hiedit.guard import Guard
     from hiedit.ledger.offline import check_free
     from hiedit.methods import load_method
 
-    guard = Guard(max_kl, min_success)
+    guard = Guard.parse(max_kl, max_drift, min_success=min_success, max_local_kl=max_local_kl)
     piped = source == STDIN
     rows = (
         from_lines(sys.stdin.buffer, schema) if piped else from_file(source, schema, skip_bad_rows)
