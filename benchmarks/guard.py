@@ -13,9 +13,10 @@ from __future__ import annotations
 
 import argparse
 import statistics
+import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -62,7 +63,6 @@ class Row:
     taught: float
     kept: float
     watch: float = 0.0
-    curve: list[float] = field(default_factory=list)
 
 
 def first_tokens(backbone: Backbone, prompts: Sequence[str]) -> torch.Tensor:
@@ -89,24 +89,26 @@ def measure(backbone, name: str, requests, guard: Guard, places, before) -> Row:
     rollout = GuardedRollout(method.rollout, guard)
     rollout.watch = watch = Seen(rollout.env)
     rollout.reset()
-    kls, moved, curve = [], None, []
+    kls: list[float] = []
     for i, request in enumerate(requests):
         count = len(watch.found)
         rollout.step(EditBatch((request,), i))
         if len(watch.found) > count:
             kls.append(watch.found[count].kl)  # at its full size
-            now = -1.0
-            if len(kls) % 10 == 0:
-                now = float((first_tokens(backbone, places) == before).float().mean())
-            curve.append(
-                f"{kls[-1]:.3f}/{rollout.drift:.3f}/{watch.found[-1].changed:.2f}/{now:.2f}"
+        if (i + 1) % 10 == 0:
+            now = float((first_tokens(backbone, places) == before).float().mean())
+            print(
+                f"  {name} after {i + 1}: drift {rollout.drift:.3f}, kept {now:.2f}, rejected "
+                f"{rollout.rejected}, halved {rollout.halved}",
+                file=sys.stderr,
+                flush=True,
             )
     moved = watch.measure()
     kept = float((first_tokens(backbone, places) == before).float().mean())
     bounds = f"{guard.max_kl:g}, {guard.max_drift:g}"
     row = Row(
         name, bounds, rollout.rejected, rollout.halved, kls, moved.drift, moved.changed,
-        taught(backbone, requests), kept, statistics.median(watch.seconds[1:]), curve,
+        taught(backbone, requests), kept, statistics.median(watch.seconds[1:]),
     )  # fmt: skip
     rollout.reset()
     return row
@@ -122,7 +124,6 @@ def show(row: Row) -> None:
         f"{row.watch:>9.2f}",
         flush=True,
     )
-    print(row.curve)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
