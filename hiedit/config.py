@@ -139,7 +139,10 @@ class UpdaterConfig:
     normalise: ``running`` gives the solver standardised signals (RLEdit, MALMEN, UltraEdit),
     ``none`` raw ones. step: ``gradient`` wants the output change ``-eta G'``; ``unit`` wants it
     ``eta`` times the module's typical output, along the edit's gradient.
-    tokens: ``answer`` or ``all``. clamp: of normalised signals, in standard deviations.
+    tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
+    ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
+    request names none; ``answer`` where none is found). contexts: random texts of the model's own
+    before which the edit is made too. clamp: of normalised signals, in standard deviations.
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
     at the positions that predict their answers or at all up to there (``preserve_tokens``).
     absorb_in: the modules that protect the keys of an edit once it is committed: those that it
@@ -170,13 +173,14 @@ class UpdaterConfig:
     lr_step: float = 1e-2
     phrasing: float = 0.0
     phrasing_edits: int = 200
+    contexts: int = 0
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)
         choice("method.updater.normalise", self.normalise, ("running", "none"))
         choice("method.updater.step", self.step, ("gradient", "unit"))
-        choice("method.updater.tokens", self.tokens, ("answer", "all"))
+        choice("method.updater.tokens", self.tokens, ("answer", "all", "subject"))
         choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
         for key in ("eta", "lam", "eps"):
@@ -185,7 +189,7 @@ class UpdaterConfig:
             at_least(f"method.updater.{key}", getattr(self, key), 1)
         if self.clamp is not None:
             at_least("method.updater.clamp", self.clamp, 0, strict=True)
-        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing"):
+        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing", "contexts"):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
         if self.phrasing and self.solver != "protected":
             raise ValueError(

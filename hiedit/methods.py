@@ -27,11 +27,13 @@ from hiedit.rl.objective import Objective
 from hiedit.rl.preserved import Preserved, known_pairs
 from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
+from hiedit.rl.sequences import EditSequences, as_tensor, draw_contexts, from_tensor
 from hiedit.rl.training import Trainer
-from hiedit.types import EditRequest, TokenBatch
+from hiedit.types import EditBatch, EditRequest, TokenBatch
 from hiedit.updaters.updater import Updater
 
 PRESERVED = "preserved.pairs"  # among an editor's tensors: prompts that its edits ask
+CONTEXTS = "contexts.texts"  # the same: what it edits behind
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,8 @@ def build_method(
     if config.selector.kind == "static_frequency":  # before anything that takes time
         frequency = recorded_choices(config.selector.source, backbone.names)
     method = _empty(backbone, config, seed)
+    if config.updater.contexts:
+        method.rollout.contexts = draw_contexts(backbone, config.updater.contexts, seed)
     env, selector, updater = method.rollout.env, method.rollout.selector, method.rollout.updater
     protects = config.updater.kind != "none" and config.updater.solver == "protected"
     if protects or config.passes.preserved:
@@ -112,9 +116,10 @@ def record_choices(method: Method, requests: Sequence[EditRequest]) -> None:
     if not selector.learned or not requests:
         return
     backbone, chosen = env.backbone, torch.zeros_like(selector.frequency)
+    subject = rollout.updater.config.tokens == "subject"
+    sequences = EditSequences(backbone.tokenizer, phrasings=False, subject=subject)
     for request in requests:
-        pair = [(request.prompt, request.target)]
-        tokens = encode(backbone.tokenizer, pair, padding_side="left").to(backbone.device)
+        tokens = sequences.encode(EditBatch((request,))).to(backbone.device)
         signals = rollout.told(env.probe(tokens, 1, rollout.updater.config.tokens).signals())
         chosen += selector.mode(selector.gate(signals, 1))[0]
     selector.frequency.copy_(chosen / len(requests))
@@ -261,8 +266,10 @@ def editor_tensors(method: Method) -> dict[str, Tensor]:
         for part, module in _parts(method).items()
         for name, value in module.state_dict().items()
     }
-    preserved = method.rollout.preserved
-    return tensors | ({PRESERVED: preserved.as_tensor()} if preserved.pairs else {})
+    preserved, contexts = method.rollout.preserved, method.rollout.contexts
+    if preserved.pairs:
+        tensors[PRESERVED] = preserved.as_tensor()
+    return tensors | ({CONTEXTS: as_tensor(contexts)} if contexts else {})
 
 
 def write_editor(
@@ -311,6 +318,8 @@ def editor_of(
     if PRESERVED in tensors:
         pairs = Preserved.pairs_in(tensors[PRESERVED])
         method.rollout.preserved = Preserved(pairs, config.passes)
+    if CONTEXTS in tensors:
+        method.rollout.contexts = from_tensor(tensors[CONTEXTS])
     method.rollout.updater.reset()
     return method
 

@@ -9,7 +9,7 @@ Shape letters, used everywhere: ``E`` edits in a batch, ``T`` edit tokens, ``L``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,22 +64,29 @@ class TokenBatch:
     labels: int64 [N, S], the token itself where it belongs to an answer, else ``IGNORE``. The
         logits at position s-1 predict the label at s.
     edit: int64 [N], which edit of the batch a sequence belongs to.
+    subject: int64 [N], the column of the subject's last token, -1 where no subject is known; None
+        where nobody asked.
     """
 
     ids: Tensor
     attention: Tensor
     labels: Tensor
     edit: Tensor
+    subject: Tensor | None = None
 
     def __len__(self) -> int:
         return self.ids.shape[0]
 
     def to(self, device) -> TokenBatch:
-        return TokenBatch(*(getattr(self, f.name).to(device) for f in dataclasses.fields(self)))
+        return self._each(lambda part: part.to(device))
 
     def select(self, rows: Tensor) -> TokenBatch:
         """The sequences ``rows`` (int64 or bool [N]), columns that are all padding kept."""
-        return TokenBatch(*(getattr(self, f.name)[rows] for f in dataclasses.fields(self)))
+        return self._each(lambda part: part[rows])
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> TokenBatch:
+        parts = (getattr(self, f.name) for f in dataclasses.fields(self))
+        return TokenBatch(*(None if part is None else change(part) for part in parts))
 
 
 @dataclass(frozen=True)

@@ -121,9 +121,9 @@ def usable(model: nn.Module) -> bool:
 
 
 @contextlib.contextmanager
-def fused(layers: nn.ModuleList, norm: nn.Module, starts: Tensor) -> Iterator[None]:
+def fused(layers: nn.ModuleList, norm: nn.Module, packing) -> Iterator[None]:
     """Inside, ``layers`` and ``norm`` take all sequences as one row [1, T, H] and compute with the
-    fused operators. starts: int64 [N + 1]."""
+    fused operators. packing: of the tokens (``packing.Packing``)."""
     patched: list[nn.Module] = []
 
     def patch(module: nn.Module, forward) -> None:
@@ -134,7 +134,7 @@ def fused(layers: nn.ModuleList, norm: nn.Module, starts: Tensor) -> Iterator[No
         for layer in layers:
             patch(layer.input_layernorm, _norm(layer.input_layernorm))
             patch(layer.post_attention_layernorm, _norm(layer.post_attention_layernorm))
-            patch(layer.self_attn, _attention(layer.self_attn, starts))
+            patch(layer.self_attn, _attention(layer.self_attn, packing))
             patch(layer.mlp, _mlp(layer.mlp))
         if hasattr(norm, "variance_epsilon"):
             patch(norm, _norm(norm))
@@ -156,12 +156,13 @@ def _mlp(module: nn.Module):
     return forward
 
 
-def _attention(module: nn.Module, starts: Tensor):
+def _attention(module: nn.Module, packing):
     def forward(hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor], **_):
         parts = (module.q_proj, module.k_proj, module.v_proj)
         q, k, v = (part(hidden_states)[0].contiguous() for part in parts)
         cos, sin = (x[0].contiguous() for x in position_embeddings)
-        out = PackedAttention.apply(q, k, v, cos, sin, starts, module.scaling)
-        return module.o_proj(out[None]), None
+        seen = packing.whole_tokens(module.layer_idx, q, k, v, cos, sin)
+        out = PackedAttention.apply(*seen, packing.bounds, module.scaling)
+        return module.o_proj(packing.own(out)[None]), None
 
     return forward

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from hiedit.backbone.host import on_host
 from hiedit.backbone.losses import AnswerLogits
 from hiedit.backbone.modules import EditableModule, resolve_modules
-from hiedit.backbone.packing import Packing, active, packed, pays
+from hiedit.backbone.packing import Packing, active, packed, pays, possible
+from hiedit.backbone.past import Past
 from hiedit.backbone.prefix import DEFAULT_BYTES, Prefix
 from hiedit.types import IGNORE, Shift, TokenBatch
 
@@ -68,11 +69,39 @@ class Backbone:
             groups.setdefault(module.shape, []).append(name)
         return groups
 
-    def answers(self, batch: TokenBatch) -> AnswerLogits:
+    def past(self, batch: TokenBatch, first: Tensor) -> Past | None:
+        """What of ``batch`` stands before the columns ``first`` (int64 [N]), computed with the
+        weights as they are, for ``answers`` to go on from; None where the architecture or the
+        attention in use does not allow it."""
+        if not possible(self.model, batch.attention):
+            return None
+        past = Past(batch, first, _positions(batch))
+        if self.prefix.depth:
+            past.states = self.prefix.tokens(batch, past.positions)
+        inner, places = self.model.model, past.whole.pack(past.positions)
+        past.rotary = tuple(x[0].contiguous() for x in inner.rotary_emb(inner.norm.weight, places))
+        before = past.before()
+        if before.tokens:
+            with torch.no_grad(), self._upper(), packed(self.model, before):
+                inner(**self._inputs(past, before), use_cache=False)
+        return past
+
+    def _upper(self):
+        return self.prefix.upper() if self.prefix.depth else contextlib.nullcontext()
+
+    def _inputs(self, past: Past, part: Packing) -> dict[str, Tensor]:
+        """What the model is given of the tokens of ``part``."""
+        inputs = {"position_ids": part.pack(past.positions)}
+        if past.states is None:
+            return inputs | {"input_ids": part.pack(past.batch.ids)}
+        return inputs | {"inputs_embeds": past.states[past.whole.rank[part.where]][None]}
+
+    def answers(self, batch: TokenBatch, past: Past | None = None) -> AnswerLogits:
         """Logits at the positions that predict the answer's tokens (labels not ``IGNORE``).
 
         Only the columns between the first and the last such position are sent through the output
         embedding; in a left-padded batch these are as many as the longest answer has tokens.
+        past: of ``batch``, what need not be computed again.
 
         Raises:
             ValueError: if a label stands at position 0, which nothing predicts, or none is set.
@@ -81,6 +110,8 @@ class Backbone:
         columns = labelled.any(0).nonzero().squeeze(-1)
         if columns.numel() == 0 or columns[0] == 0:
             raise ValueError("labels: every batch needs answer tokens, none of them at position 0")
+        if past is not None:
+            return self._go_on(past, labelled)
         packing = self._packing(batch, labelled)
         if packing is not None:
             row, column = labelled.nonzero(as_tuple=True)
@@ -92,6 +123,15 @@ class Backbone:
         row, column = labelled[:, first : last + 1].nonzero(as_tuple=True)
         target = batch.labels[:, first : last + 1][row, column]
         return AnswerLogits(logits[row, column], target, row, len(batch))
+
+    def _go_on(self, past: Past, labelled: Tensor) -> AnswerLogits:
+        packing = past.after()
+        row, column = labelled.nonzero(as_tuple=True)
+        keep = packing.rank[row, column - 1]
+        with self._upper(), packed(self.model, packing, None if self._edits_last else keep):
+            inputs = self._inputs(past, packing)
+            logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits[0]
+        return AnswerLogits(logits, past.batch.labels[row, column], row, len(past.batch))
 
     def warm(self, batch: TokenBatch) -> None:
         """Compute in one pass what below the lowest editable module is not known of ``batch``,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -11,35 +12,93 @@ from hiedit.backbone.model import Backbone, at_tokens
 from hiedit.backbone.signals import edit_tokens
 from hiedit.types import TokenBatch
 
+SINK = 5.0  # times the median norm; what is longer is a sink
+SINK_KEYS = 512  # of one module that are kept to find their directions
+SINK_DIRECTIONS = 16
+
+
+class KeyMoments(NamedTuple):
+    """What one module's keys are like on prompts to preserve, sinks apart.
+
+    moment: [I, I], mean of ``k k^T`` over the tokens that are no sinks. power: [], mean of
+    ``|y|^2`` over the same. sinks: [s, I], an orthonormal basis of the sinks' keys, None where
+    there are none. ratio: norm of the largest key over the median norm.
+    """
+
+    moment: Tensor
+    power: Tensor
+    sinks: Tensor | None = None
+    ratio: float = 1.0
+
 
 @torch.no_grad()
 def key_moments(
     backbone: Backbone, batches: Iterable[TokenBatch], tokens: str | None = None
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """By module: (mean of ``k k^T`` [I, I], mean of ``|y|^2`` []) over all tokens but padding, or
-    over those positions that ``edit_tokens`` calls ``tokens``.
+) -> dict[str, KeyMoments]:
+    """By module, the moments of its keys over all tokens but padding, or over those positions that
+    ``edit_tokens`` calls ``tokens``.
+
+    A sink ("massive activation", Sun et al. 2024, arXiv 2402.17762) is a token whose key is more
+    than ``SINK`` times as long as the median one. Its square would be all that a moment holds, so
+    sinks are counted apart; the median is that of the first batch.
 
     Raises:
         ValueError: if there is no token at all.
     """
-    moments = {
-        n: torch.zeros(m.in_features, m.in_features, device=backbone.device)
-        for n, m in backbone.modules.items()
-    }
-    power = {n: torch.zeros((), device=backbone.device) for n in moments}
+    sums = {n: _Sums(m.in_features, backbone.device) for n, m in backbone.modules.items()}
     count = 0
     for batch in batches:
         where = batch.attention.bool() if tokens is None else edit_tokens(batch, tokens)
         with backbone.capture() as (inputs, outputs):
             backbone.answers(batch)
-        for name in moments:
+        for name, total in sums.items():
             keys = at_tokens(inputs[name], where, batch.attention).float()
-            moments[name] += keys.T @ keys
-            power[name] += at_tokens(outputs[name], where, batch.attention).float().square().sum()
+            total.add(keys, at_tokens(outputs[name], where, batch.attention).float())
         count += int(where.sum())
     if count == 0:
         raise ValueError("key_moments: no prompts to preserve were given")
-    return {n: (moments[n] / count, power[n] / count) for n in moments}
+    return {n: total.moments() for n, total in sums.items()}
+
+
+class _Sums:
+    """The running sums of one module's moments."""
+
+    def __init__(self, features: int, device):
+        self.moment = torch.zeros(features, features, device=device)
+        self.power = torch.zeros((), device=device)
+        self.count, self.median, self.largest = 0, None, 0.0
+        self.sinks: list[Tensor] = []
+
+    def add(self, keys: Tensor, outputs: Tensor) -> None:
+        """keys: [T, I]. outputs: [T, O]."""
+        if not len(keys):
+            return
+        size = keys.square().sum(-1)
+        if self.median is None:
+            self.median = size.median().clamp(min=1e-20)
+        self.largest = max(self.largest, float(size.max() / self.median))
+        sink = size > SINK**2 * self.median
+        if bool(sink.any()):
+            if sum(map(len, self.sinks)) < SINK_KEYS:
+                self.sinks.append(keys[sink])
+            keys, outputs = keys[~sink], outputs[~sink]
+        self.moment += keys.T @ keys
+        self.power += outputs.square().sum()
+        self.count += len(keys)
+
+    def moments(self) -> KeyMoments:
+        count = max(1, self.count)
+        sinks = _basis(torch.cat(self.sinks), self.median) if self.sinks else None
+        return KeyMoments(self.moment / count, self.power / count, sinks, self.largest**0.5)
+
+
+def _basis(keys: Tensor, ordinary: Tensor) -> Tensor:
+    """[s, I]: orthonormal directions outside of which ``keys`` [T, I] are no longer than an
+    ``ordinary`` key (its squared norm), ``SINK_DIRECTIONS`` at most."""
+    _, values, directions = torch.linalg.svd(keys.double(), full_matrices=False)
+    left = values.square().flip(0).cumsum(0).flip(0) / len(keys)  # mean energy from each one on
+    wanted = int((left > ordinary).sum().clamp(1, SINK_DIRECTIONS))
+    return directions[:wanted].to(keys.dtype)
 
 
 @torch.no_grad()

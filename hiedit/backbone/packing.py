@@ -67,6 +67,30 @@ class Packing:
         own = torch.eye(size, dtype=torch.bool, device=self.where.device)
         return ((causal & self.where[:, None, :]) | own)[:, None]
 
+    @property
+    def visible(self) -> Tensor:
+        """bool [N, 1, S, S]: what attention may look at."""
+        return self.mask
+
+    @property
+    def bounds(self) -> Tensor:
+        """int64 [N + 1]: ``starts`` of the sequences that attention sees."""
+        return self.starts
+
+    def with_past(self, layer: int, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Padded keys and values [N, h, S, d] with those of tokens that are not computed now."""
+        return key, value
+
+    def whole_tokens(
+        self, layer: int, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor
+    ) -> tuple[Tensor, ...]:
+        """The same for packed ones [T, .]: q, k, v, cos and sin of all that attention sees."""
+        return q, k, v, cos, sin
+
+    def own(self, out: Tensor) -> Tensor:
+        """Of attention's outputs [T, .] those of the tokens that are computed now."""
+        return out
+
     def pad(self, x: Tensor) -> Tensor:
         """[1, h, T, d] -> [N, h, S, d], zero at padding."""
         _, h, t, d = x.shape
@@ -79,17 +103,20 @@ class Packing:
         return x.flatten(0, 1).index_select(0, self.index)[None]
 
 
+def possible(model: nn.Module, attention: Tensor) -> bool:
+    """Whether a batch with this ``attention`` [N, S] can be packed."""
+    window = getattr(model.config, "sliding_window", None)
+    return (
+        type(model).__name__ in SUPPORTED
+        and model.config._attn_implementation == ORIGINAL
+        and (window is None or attention.shape[1] <= window)
+    )
+
+
 def pays(model: nn.Module, attention: Tensor) -> bool:
     """Whether a batch with this ``attention`` [N, S] can be packed, and gains by it: there is
     padding to leave out, or fused operators to use."""
-    config = model.config
-    window = getattr(config, "sliding_window", None)
-    return (
-        type(model).__name__ in SUPPORTED
-        and config._attn_implementation == ORIGINAL
-        and (window is None or attention.shape[1] <= window)
-        and (fused.usable(model) or not bool(attention.all()))
-    )
+    return possible(model, attention) and (fused.usable(model) or not bool(attention.all()))
 
 
 @contextlib.contextmanager
@@ -102,7 +129,7 @@ def packed(model: nn.Module, packing: Packing, keep: Tensor | None = None) -> It
     handles = [] if keep is None else _only(inner.layers[-1].mlp, keep)
     fast = fused.usable(model)
     try:
-        with fused.fused(inner.layers, inner.norm, packing.starts) if fast else _PLAIN:
+        with fused.fused(inner.layers, inner.norm, packing) if fast else _PLAIN:
             yield
     finally:
         for handle in handles:
@@ -137,9 +164,10 @@ def _only(module: nn.Module, keep: Tensor):
 def _attention(module, query: Tensor, key: Tensor, value: Tensor, attention_mask=None, **kwargs):
     """Attention within each packed sequence; query, key, value: [1, h, T, d]."""
     packing = active()
-    padded = (packing.pad(x) for x in (query, key, value))
+    query, key, value = (packing.pad(x) for x in (query, key, value))
+    key, value = packing.with_past(module.layer_idx, key, value)
     attend = ALL_ATTENTION_FUNCTIONS[ORIGINAL]
-    out, weights = attend(module, *padded, packing.mask, **kwargs)
+    out, weights = attend(module, query, key, value, packing.visible, **kwargs)
     return packing.pack(out), weights
 
 

@@ -5,18 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from hiedit.backbone.losses import answer_confidence, answer_nll, mean_by_row
+from hiedit.backbone.losses import answer_confidence, answer_nll
 from hiedit.backbone.model import Backbone, at_tokens
+from hiedit.backbone.past import Past
 from hiedit.types import IGNORE, Signals, TokenBatch
 
-TOKENS = ("answer", "all")
+TOKENS = ("answer", "all", "subject")
 
 
 def edit_tokens(batch: TokenBatch, which: str = "all") -> Tensor:
     """bool [N, S]: the positions whose keys and gradients describe the edit.
 
     ``answer``: those that predict an answer token. ``all``: every position up to the last of
-    them (later ones have no gradient). Padding is never among them.
+    them (later ones have no gradient). ``subject``: the last token of the subject, in sequences
+    where none is known those of ``answer``. Padding is never among them.
 
     Raises:
         ValueError: for another ``which``.
@@ -25,10 +27,21 @@ def edit_tokens(batch: TokenBatch, which: str = "all") -> Tensor:
     predicts[:, :-1] = batch.labels[:, 1:] != IGNORE
     if which == "answer":
         return predicts
+    if which == "subject":
+        return _at_subject(batch, predicts)
     if which != "all":
         raise ValueError(f"tokens={which!r}: valid are {', '.join(TOKENS)}")
     upto = predicts.flip(1).cumsum(1).flip(1) > 0
     return upto & batch.attention.bool()
+
+
+def _at_subject(batch: TokenBatch, otherwise: Tensor) -> Tensor:
+    """bool [N, S]: the column ``batch.subject``; the row of ``otherwise`` where that is not set."""
+    if batch.subject is None:
+        return otherwise
+    columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+    known = (batch.subject >= 0)[:, None]
+    return torch.where(known, columns == batch.subject[:, None], otherwise)
 
 
 class Probe:
@@ -38,12 +51,21 @@ class Probe:
     the backward pass is only paid for when ``signals`` is called.
 
     batch: the edit sequences, [N, S]; ``batch.edit`` says which of ``E`` edits each belongs to.
-    tokens: ``answer`` or ``all``, see ``edit_tokens``.
+    tokens: see ``edit_tokens``. past: of the batch, what stands before these tokens.
     """
 
-    def __init__(self, backbone: Backbone, batch: TokenBatch, edits: int, tokens: str = "all"):
+    def __init__(
+        self,
+        backbone: Backbone,
+        batch: TokenBatch,
+        edits: int,
+        tokens: str = "all",
+        past: Past | None = None,
+    ):
         with torch.enable_grad(), backbone.capture() as (inputs, outputs):
-            answers = backbone.answers(batch)
+            answers = backbone.answers(batch, past)
+        batch = batch if past is None else past.rest
+        with torch.enable_grad():
             nll = answer_nll(answers)
             rows = torch.bincount(batch.edit, minlength=edits).clamp(min=1)
             per_edit = nll.new_zeros(edits).index_add(0, batch.edit, nll) / rows
@@ -53,8 +75,6 @@ class Probe:
         self.loss = per_edit.detach()
         lowest = answer_confidence(answers)
         self.confidence = lowest.new_ones(edits).scatter_reduce(0, batch.edit, lowest, "amin")
-        hits = (answers.logits.detach().argmax(-1) == answers.target).to(nll.dtype)
-        self.accuracy = mean_by_row(hits, answers)
 
     def signals(self) -> Signals:
         """Keys and value gradients at the edit tokens; call once, the graph is freed.

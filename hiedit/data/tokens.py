@@ -6,7 +6,7 @@ boundary; where the answer begins is read off the character offsets.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from itertools import chain
 from typing import Any
@@ -16,6 +16,8 @@ from torch import Tensor
 
 from hiedit.types import IGNORE, TokenBatch
 
+Span = tuple[int, int]  # characters, start and end
+
 
 def encode(
     tokenizer: Any,
@@ -24,6 +26,7 @@ def encode(
     padding_side: str = "right",
     eos: bool = False,
     max_length: int | None = None,
+    subjects: Sequence[Span | None] | None = None,
 ) -> TokenBatch:
     """``pairs`` of prompt and answer as one batch.
 
@@ -37,6 +40,8 @@ def encode(
         padding_side: ``right`` or ``left``.
         eos: end every answer with the end-of-sequence token, labelled.
         max_length: in tokens.
+        subjects: for each pair, where in its prompt the subject stands (characters, start and
+            end), or None; then ``subject`` of the batch is set.
 
     Raises:
         ValueError: if an answer is empty or would be cut by ``max_length``, naming its prompt.
@@ -67,7 +72,45 @@ def encode(
     answer_from = torch.tensor(starts, dtype=torch.long).view(-1, 1)
     labelled = attention.bool() & (position >= answer_from)
     labels = ids.masked_fill(~labelled, IGNORE)
-    return TokenBatch(ids, attention, labels, torch.tensor(edit, dtype=torch.long))
+    edits = torch.tensor(edit, dtype=torch.long)
+    if subjects is None:
+        return TokenBatch(ids, attention, labels, edits)
+    last = _last_tokens(tokenizer, pairs, subjects)
+    width = ids.shape[1] if len(pairs) else 0
+    shift = [width - len(s) if padding_side == "left" else 0 for s in sequences]
+    column = [
+        -1 if at is None else at + len(front) + by for at, by in zip(last, shift, strict=True)
+    ]
+    return TokenBatch(ids, attention, labels, edits, torch.tensor(column, dtype=torch.long))
+
+
+def _last_tokens(
+    tokenizer: Any, pairs: list[tuple[str, str]], subjects: Sequence[Span | None]
+) -> list[int | None]:
+    """Index of the last token that holds any of the subject, in each prompt and answer together."""
+    if len(subjects) != len(pairs):
+        raise ValueError(f"subjects has {len(subjects)} entries for {len(pairs)} pairs")
+    if not any(subjects):
+        return [None] * len(pairs)
+    texts = [f"{prompt} {answer}" for prompt, answer in pairs]
+    if tokenizer.is_fast:
+        offsets = _plain(tokenizer, texts, offsets=True)["offset_mapping"]
+        return [
+            None if span is None else _covering(spans, span[1])
+            for spans, span in zip(offsets, subjects, strict=True)
+        ]
+    upto = [text[: span[1]] if span else text for text, span in zip(texts, subjects, strict=True)]
+    lengths = [len(ids) for ids in _plain(tokenizer, upto)["input_ids"]]
+    return [
+        None if span is None or not size else size - 1
+        for size, span in zip(lengths, subjects, strict=True)
+    ]
+
+
+def _covering(offsets: list[tuple[int, int]], end: int) -> int | None:
+    """Index of the last token that begins before the character ``end``."""
+    last = bisect_left(offsets, end, key=lambda span: span[0]) - 1
+    return last if last >= 0 else None
 
 
 def encode_prompts(tokenizer: Any, prompts: Sequence[str]) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from hiedit.data.tokens import encode
 from hiedit.policy.selectors import top_k_mask
 from hiedit.rl.candidates import copied
 from hiedit.rl.environment import Environment
-from hiedit.types import EditRequest
+from hiedit.rl.sequences import EditSequences
+from hiedit.types import EditBatch, EditRequest
 from hiedit.updaters.updater import Updater
 
 
@@ -43,9 +44,11 @@ def effects_by_edit(
     every = torch.eye(len(updater.names)) if masks is None else masks
     names, backbone = updater.names, env.backbone
     every = every.to(backbone.device)
+    subject = updater.config.tokens == "subject"
+    sequences = EditSequences(backbone.tokenizer, phrasings=False, subject=subject)
     rows = []
     for request in requests:
-        edit = encode(backbone.tokenizer, [(request.prompt, request.target)], padding_side="left")
+        edit = sequences.encode(EditBatch((request,)))
         signals = env.probe(edit.to(backbone.device), 1, updater.config.tokens).signals()
         shifts = updater(signals, torch.ones(1, len(names), device=backbone.device))
         near = [(place.prompt, place.answer) for place in request.locality if place.answer][:2]

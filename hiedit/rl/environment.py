@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator
 
 from hiedit.backbone.losses import AnswerLogits
 from hiedit.backbone.model import Backbone, joined
-from hiedit.backbone.signals import Probe
+from hiedit.backbone.past import Past
+from hiedit.backbone.signals import Probe, edit_tokens
 from hiedit.ledger.state import DeltaState
 from hiedit.types import Shift, Shifts, TokenBatch
 
@@ -37,10 +38,18 @@ class Environment:
         self.version += 1
         self.state.reset()
 
-    def probe(self, batch: TokenBatch, edits: int, tokens: str) -> Probe:
+    def probe(self, batch: TokenBatch, edits: int, tokens: str, past: Past | None = None) -> Probe:
         """A forward pass over the edit with the pending passes in place; signals on demand."""
         with self.with_shifts():
-            return Probe(self.backbone, batch, edits, tokens)
+            return Probe(self.backbone, batch, edits, tokens, past)
+
+    def past(self, batch: TokenBatch, tokens: str) -> Past | None:
+        """What stands before the positions that an edit acts on, with the committed weights; None
+        where that would be nothing, or cannot be kept apart."""
+        if tokens != "subject":
+            return None
+        where = edit_tokens(batch, tokens)
+        return self.backbone.past(batch, where.long().argmax(-1))
 
     @contextlib.contextmanager
     def with_shifts(self, candidate: Shifts | None = None) -> Iterator[None]:

@@ -34,7 +34,7 @@ def score_options(
     env, updater, size = rollout.env, rollout.updater, rollout.selector.config.size_in_gate
     target, losses = rollout.passes.target_probability, []
     decided = Selector(updater.names, {}, SelectorConfig(kind="static"))
-    alone = Rollout(env, decided, updater, rollout.passes, observe=False)
+    alone = Rollout(env, decided, updater, rollout.passes, observe=False, contexts=rollout.contexts)
 
     def plain(signals: Signals, action: Action) -> Shifts:
         with torch.no_grad():

@@ -14,14 +14,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from hiedit.backbone.losses import answer_confidence
 from hiedit.config import PassesConfig
-from hiedit.data.tokens import encode
 from hiedit.policy.selectors import Selector
 from hiedit.rl.environment import Environment
 from hiedit.rl.features import StateFeatures, gain_over_energy
 from hiedit.rl.preserved import Preserved, sureness
 from hiedit.rl.reference import Pair
-from hiedit.types import Action, EditBatch, EditRequest, Shift, Shifts, Signals
+from hiedit.rl.sequences import EditSequences
+from hiedit.types import Action, EditBatch, EditRequest, Shift, Shifts, Signals, TokenBatch
 from hiedit.updaters.updater import Updater
 
 
@@ -54,7 +55,7 @@ class Rollout:
     """Applies edits one step after another to the environment's model.
 
     preserved: prompts that must hold for an edit to be done; training has a reward for that
-    instead, and asks none.
+    instead, and asks none. contexts: texts before which an edit is made too.
     """
 
     def __init__(
@@ -65,7 +66,9 @@ class Rollout:
         passes: PassesConfig,
         observe: bool = True,
         preserved: Preserved | None = None,
+        contexts: Sequence[str] = (),
     ):
+        self.contexts = tuple(contexts)
         self.preserved = preserved or Preserved((), passes)
         self.env, self.selector, self.updater = env, selector, updater
         self.passes, self.observe = passes, observe
@@ -108,12 +111,14 @@ class Rollout:
         self.env.drop()
         edits = len(batch)
         asked, owner = self._asked(batch) if on_pass is None else ([], [])
-        tokens, target = self._encode(batch, asked), self._targets(edits, len(asked))
+        tokens = self._encode(batch, asked, on_pass is None)
+        target = self._targets(edits, len(asked))
         masks: list[Tensor] = []  # [E, L] of the passes on trial
         choice: Choice = None  # of the edit, unless every pass makes its own
         used, before, signals = 0, None, None
+        past = self.env.past(tokens, self.updater.config.tokens) if on_pass is None else None
         while True:
-            probe = self.env.probe(tokens, len(tokens), self.updater.config.tokens)
+            probe = self.env.probe(tokens, len(target), self.updater.config.tokens, past)
             loss, confidence = probe.loss, probe.confidence
             worse = before is not None and not bool(loss.sum() <= before[0].sum())
             if worse and self.passes.undo:
@@ -126,6 +131,9 @@ class Rollout:
                 loss, confidence = before
                 break
             active = confidence <= target
+            if past is not None and not bool(active.any()) and not self._confirmed(tokens, target):
+                past, before = None, None  # from here on with the whole of every prompt
+                continue
             inert = self.updater.config.kind == "none"
             if inert or used >= self.passes.max or not bool(active.any()):
                 break
@@ -142,6 +150,16 @@ class Rollout:
                 loss = confidence = torch.full_like(loss, torch.nan)
                 break
         return self._outcome(batch, masks, used, loss[:edits], confidence[:edits], signals)
+
+    def _confirmed(self, tokens: TokenBatch, target: Tensor) -> bool:
+        """Whether every edit holds on its own prompt, the first of its sequences, when all of it is
+        computed with the passes on trial."""
+        if not self.env.pending:
+            return True
+        firsts = (tokens.edit[:, None] == torch.arange(len(target), device=target.device)).long()
+        with torch.no_grad():
+            answers = self.env.answers(tokens.select(firsts.argmax(0)))
+        return bool((answer_confidence(answers) > target).all())
 
     def _choose(self, signals: Signals, choice: Choice, explore: bool) -> Choice:
         """(signals, action) that decide which modules this pass touches.
@@ -194,11 +212,12 @@ class Rollout:
         screen = partial(sureness, backbone) if self.passes.screened else None
         return self.preserved.draw(batch, screen)
 
-    def _encode(self, batch: EditBatch, asked: Sequence[Pair] = ()):
-        """One sequence per edit, then one per preserved prompt."""
-        pairs = [(request.prompt, request.target) for request in batch.requests]
-        tokens = encode(self.env.backbone.tokenizer, [*pairs, *asked], padding_side="left")
-        return tokens.to(self.env.backbone.device)
+    def _encode(self, batch: EditBatch, asked: Sequence[Pair], editing: bool) -> TokenBatch:
+        """The sequences of each edit, then one per preserved prompt. Training is rewarded by what
+        phrasings say, so it edits none."""
+        backbone, subject = self.env.backbone, self.updater.config.tokens == "subject"
+        sequences = EditSequences(backbone.tokenizer, self.contexts, editing, subject)
+        return sequences.encode(batch, asked).to(backbone.device)
 
     def _targets(self, edits: int, asked: int) -> Tensor:
         """[E + P]: the probability that each sequence's answer has to exceed."""

@@ -25,6 +25,8 @@ class Protection(nn.Module):
     The precision is not part of the state dict: ``reset`` after loading one.
     absorb: weight of one edit's keys against one average preserved key (0.05 in the design).
     phrasing: ``phi``; where it is not zero there is ``scatter`` ``phi S / c``: [M, I, I].
+    sinks: [M, s, I], orthonormal directions (zeros where a module has fewer) along which no shift
+    may act at all: ``P`` is the limit of protecting them with infinite weight. None without sinks.
     """
 
     def __init__(
@@ -43,20 +45,31 @@ class Protection(nn.Module):
         self.register_buffer("unit", torch.ones(modules))
         self.register_buffer("power", torch.ones(modules))
         self.register_buffer("scatter", torch.zeros_like(self.moment) if phrasing else None)
+        self.register_buffer("sinks", None)
         self.register_buffer("precision", eye / (1 + eps), persistent=False)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        """Takes ``sinks`` as they come: how many there are is known from the state alone."""
+        self.sinks = state_dict.get(f"{prefix}sinks")
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()
     def fit(
-        self, second_moment: Tensor, output_power: Tensor, scatter: Tensor | None = None
+        self,
+        second_moment: Tensor,
+        output_power: Tensor,
+        scatter: Tensor | None = None,
+        sinks: Tensor | None = None,
     ) -> None:
         """second_moment: [M, I, I] of keys. output_power: [M], mean of ``|y|^2``. scatter:
-        [M, I, I], of keys between phrasings of one fact, if they are known."""
+        [M, I, I], of keys between phrasings of one fact, if they are known. sinks: [M, s, I]."""
         unit = second_moment.diagonal(dim1=-2, dim2=-1).mean(-1).clamp(min=1e-12)
         self.unit.copy_(unit)
         self.moment.copy_(second_moment / unit[:, None, None])
         self.power.copy_(output_power)
         if self.scatter is not None and scatter is not None:
             self.scatter.copy_(self.phrasing * scatter / unit[:, None, None])
+        self.sinks = sinks
         self.reset()
 
     @torch.no_grad()
@@ -68,7 +81,10 @@ class Protection(nn.Module):
             dense = self.moment[m].double() + self.eps * eye
             if self.scatter is not None:
                 dense += self.scatter[m].double()
-            self.precision[m] = torch.cholesky_inverse(torch.linalg.cholesky(dense))
+            inverse = torch.cholesky_inverse(torch.linalg.cholesky(dense))
+            if self.sinks is not None:
+                inverse = _without(inverse, self.sinks[m].double())
+            self.precision[m] = inverse
 
     @torch.no_grad()
     def absorb(self, keys: Tensor, live: Tensor) -> None:
@@ -101,3 +117,14 @@ class Protection(nn.Module):
         """
         moment = self.moment[index] * self.unit[index, None, None]
         return ((a @ moment @ a.mT) * (r @ r.mT)).sum((-2, -1)) / self.power[index]
+
+
+def _without(precision: Tensor, directions: Tensor) -> Tensor:
+    """``P - P S^T (S P S^T)^-1 S P``: [I, I], zero along the rows of ``directions`` [s, I]; what
+    Woodbury's formula tends to as their weight grows. Rows of zeros count for nothing."""
+    some = directions[directions.square().sum(-1) > 0.5]
+    if not len(some):
+        return precision
+    ps = precision @ some.T
+    kept = precision - ps @ torch.linalg.solve(some @ ps, ps.T)
+    return 0.5 * (kept + kept.T)

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from hiedit.backbone.moments import KeyMoments
 from hiedit.backbone.normalise import RunningNorm, stack_group
 from hiedit.config import UpdaterConfig
 from hiedit.types import Shift, Shifts, Signals
@@ -198,18 +199,32 @@ class Updater(nn.Module):
 
     def fit_protection(
         self,
-        moments: Mapping[str, tuple[Tensor, Tensor]],
+        moments: Mapping[str, tuple],
         scatter: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """moments: by module, (second moment of keys [I, I], mean squared output norm []).
-        scatter: by module, that of keys between phrasings of one fact [I, I]."""
+        """moments: by module, ``KeyMoments`` (or the first of its fields). scatter: by module, that
+        of keys between phrasings of one fact [I, I]."""
         for group in self.groups:
             if group.protection is None:
                 continue
             second = torch.stack([moments[n][0] for n in group.names])
             power = torch.stack([moments[n][1] for n in group.names])
             between = torch.stack([scatter[n] for n in group.names]) if scatter else None
-            group.protection.fit(second, power, between)
+            sinks = _padded([KeyMoments(*moments[n]).sinks for n in group.names])
+            group.protection.fit(second, power, between, sinks)
+
+
+def _padded(bases: list[Tensor | None]) -> Tensor | None:
+    """[M, s, I]: the modules' sinks, zeros where one has fewer; None if none has any."""
+    found = [basis for basis in bases if basis is not None]
+    if not found:
+        return None
+    most = max(map(len, found))
+    out = found[0].new_zeros(len(bases), most, found[0].shape[1])
+    for m, basis in enumerate(bases):
+        if basis is not None:
+            out[m, : len(basis)] = basis
+    return out
 
 
 def _scaled(shift: Shift, through_mask: bool) -> Tensor:

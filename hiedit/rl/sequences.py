@@ -1,0 +1,112 @@
+"""What an edit is made on: its prompt, the same behind random texts, and its other phrasings.
+
+    request -> [prompt, context_1 prompt, ..., paraphrase_1, ...] -> TokenBatch, one edit
+
+An edit that is made on the bare prompt alone hangs on it. The random texts, *contexts*, are drawn
+from the model itself (as MEMIT does: Meng et al. 2023, section 4.2), once, and kept: an editor that
+is opened again edits with the same.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from hiedit.backbone.model import Backbone
+from hiedit.data.subjects import subject_span
+from hiedit.data.tokens import Span, encode, encode_prompts
+from hiedit.types import EditBatch, EditRequest, TokenBatch
+
+Pair = tuple[str, str]  # prompt and answer
+OPENINGS = ("The", "Therefore", "Because", "I", "You")
+SHORTEST, LONGEST = 5, 10  # tokens of a context
+TOP = 5  # tokens that each is drawn from
+
+
+class EditSequences:
+    """Makes the sequences of edits.
+
+    tokenizer: of the model. contexts: texts that stand before the prompt. phrasings: whether the
+    paraphrases that a request brings are edited too (those it holds out never are). subject:
+    whether the last token of the subject is looked up in every sequence.
+    """
+
+    def __init__(
+        self,
+        tokenizer,
+        contexts: Sequence[str] = (),
+        phrasings: bool = True,
+        subject: bool = False,
+    ):
+        self.tokenizer, self.contexts = tokenizer, tuple(contexts)
+        self.phrasings, self.subject = phrasings, subject
+
+    def prompts(self, request: EditRequest) -> list[str]:
+        """All that ``request`` is edited on; its own prompt is the first."""
+        found = [request.prompt, *(f"{text} {request.prompt}" for text in self.contexts)]
+        if self.phrasings:
+            found += [p for p in request.paraphrases if p not in request.heldout]
+        return list(dict.fromkeys(found))
+
+    def encode(self, batch: EditBatch, asked: Sequence[Pair] = ()) -> TokenBatch:
+        """The sequences of ``batch``'s edits, then one for each of ``asked``, which counts as an
+        edit of its own."""
+        pairs: list[Pair] = []
+        owner: list[int] = []
+        spans: list[Span | None] = []
+        for edit, request in enumerate(batch.requests):
+            for prompt in self.prompts(request):
+                pairs.append((prompt, request.target))
+                owner.append(edit)
+                spans.append(subject_span(prompt, request.subject) if self.subject else None)
+        for number, pair in enumerate(asked):
+            pairs.append(pair)
+            owner.append(len(batch) + number)
+            spans.append(subject_span(pair[0], None) if self.subject else None)
+        subjects = spans if self.subject else None
+        return encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
+
+
+@torch.no_grad()
+def draw_contexts(backbone: Backbone, count: int, seed: int = 0) -> tuple[str, ...]:
+    """``count`` texts of ``SHORTEST`` to ``LONGEST`` tokens that the model continues ``OPENINGS``
+    with, each token one of its ``TOP``, ended by a full stop; the same for the same seed."""
+    tokenizer = backbone.tokenizer
+    draw = torch.Generator().manual_seed(seed)
+    prompts = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
+    lengths = [
+        SHORTEST + int(torch.randint(LONGEST - SHORTEST + 1, (), generator=draw)) for _ in prompts
+    ]
+    found = []
+    for prompt, length in zip(prompts, lengths, strict=True):
+        ids, attention = encode_prompts(tokenizer, [prompt])
+        for _ in range(length):
+            out = backbone.model(
+                input_ids=ids.to(backbone.device),
+                attention_mask=attention.to(backbone.device),
+                use_cache=False,
+            )
+            best = out.logits[0, -1].float().cpu().topk(TOP)
+            chosen = torch.multinomial(best.values.softmax(-1), 1, generator=draw)
+            ids = torch.cat([ids, best.indices[chosen][None]], 1)
+            attention = torch.ones_like(ids)
+        text = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+        found.append(text.rstrip(".") + ".")
+    return tuple(found)
+
+
+def as_tensor(texts: Sequence[str]) -> Tensor:
+    """uint8 [bytes]: ``texts`` as they are saved among an editor's tensors."""
+    return torch.tensor(list(json.dumps(list(texts)).encode()), dtype=torch.uint8)
+
+
+def from_tensor(tensor: Tensor) -> tuple[str, ...]:
+    """What ``as_tensor`` holds; RuntimeError where it is none of its making."""
+    try:
+        texts = json.loads(bytes(tensor.tolist()))
+        return tuple(str(text) for text in texts)
+    except (ValueError, TypeError) as error:
+        raise RuntimeError(f"contexts: {error}") from None
