@@ -1,7 +1,9 @@
 """What the guard's bounds let through: single edits of records on a real model, one after another,
 with every method, without bounds and with them.
 
-    python benchmarks/guard.py --model DIR --records train.json --edits 30
+    python -m benchmarks.guard --model DIR --records train.json --edits 30
+
+The records after those of the stream are what a method that protects is fitted on.
 
 KL, drift: of the guard's watched tokens, nats per token. taught: share of the edits whose answer is
 the most likely one token by token after the whole stream. kept: share of the unrelated prompts'
@@ -22,7 +24,6 @@ import torch
 
 from hiedit.backbone.losses import answer_hits, mean_by_row
 from hiedit.backbone.model import Backbone
-from hiedit.data.neutral import NEUTRAL
 from hiedit.data.records import load_records
 from hiedit.data.tokens import encode
 from hiedit.experiment import load_backbone
@@ -82,10 +83,10 @@ def taught(backbone: Backbone, requests: Sequence[EditRequest]) -> float:
     return float((mean_by_row(answer_hits(answers).float(), answers) == 1).float().mean())
 
 
-def measure(backbone, name: str, requests, guard: Guard, places, before) -> Row:
+def measure(backbone, name: str, requests, others, guard: Guard, places, before) -> Row:
     """One stream from the unedited model on; the model comes back unedited."""
     torch.manual_seed(0)
-    method = build_method(backbone, load_method(name), (), NEUTRAL, 0)
+    method = build_method(backbone, load_method(name), others, (), 0)
     rollout = GuardedRollout(method.rollout, guard)
     rollout.watch = watch = Seen(rollout.env)
     rollout.reset()
@@ -142,7 +143,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     torch.set_num_threads(given.threads)
     model = ModelConfig("model", given.model, given.modules, "float32", "cpu")
     backbone = load_backbone(model)
-    requests = load_records(given.records).requests[: given.edits]
+    requests = load_records(given.records).requests
+    requests, others = requests[: given.edits], requests[given.edits : given.edits + 400]
     places = [place.prompt for r in requests for place in r.locality]
     before = first_tokens(backbone, places)
     print(f"{'method':<14}{'bounds':<12}{'rejected':>9}{'halved':>8}  {'KL median':>10}"
@@ -153,7 +155,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in given.methods:
         for kind, guard in guards.items():
             if given.only in (None, kind):
-                show(measure(backbone, name, requests, guard, places, before))
+                show(measure(backbone, name, requests, others, guard, places, before))
 
 
 if __name__ == "__main__":

@@ -335,9 +335,8 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Measuring: at ``points`` moments of the stream; retention looks at the earliest
-    ``retention_share`` of the edits; ``batch`` sequences a forward pass. guard: whether edits must
-    keep the default bounds (docs/safety.md); null: on every model but the embedded world."""
+    """Measuring: at ``points`` moments of the stream, retention on the earliest ``retention_share``
+    of the edits, ``batch`` sequences a pass; guard: keep the default bounds (null: where real)."""
 
     points: int = 5
     retention_share: float = 0.25
@@ -346,9 +345,8 @@ class EvaluateConfig:
     guard: bool | None = None
 
     def __post_init__(self):
-        at_least("evaluate.points", self.points, 1)
-        at_least("evaluate.batch", self.batch, 1)
-        at_least("evaluate.examples", self.examples, 0)
+        for key, least in (("points", 1), ("batch", 1), ("examples", 0)):
+            at_least(f"evaluate.{key}", getattr(self, key), least)
         if not 0 < self.retention_share <= 1:
             raise ValueError(
                 f"evaluate.retention_share={self.retention_share!r}: it must lie in (0, 1]"

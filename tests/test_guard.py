@@ -93,7 +93,9 @@ def test_what_is_watched_is_small_and_always_the_same():
     tokens = watch.tokens
     assert torch.equal(tokens.ids, again.tokens.ids)
     assert int(tokens.attention.sum()) <= TOKENS and len(tokens) > len(PROMPTS)
-    rows = [row[kept.bool()].tolist() for row, kept in zip(tokens.ids, tokens.attention)]
+    rows = [
+        row[kept.bool()].tolist() for row, kept in zip(tokens.ids, tokens.attention, strict=True)
+    ]
     for prompt in PROMPTS:
         wanted = env.backbone.tokenizer(prompt).input_ids
         assert any(row[: len(wanted)] == wanted and len(row) > len(wanted) for row in rows)
@@ -154,25 +156,31 @@ def test_a_shift_is_scaled_with_and_without_a_mask():
         torch.testing.assert_close(shift.dense(), plain[name].dense() * 0.75)
 
 
-@pytest.mark.parametrize("target", [0.999, 0.05], ids=["holds", "lost"])
-def test_an_edit_is_made_smaller_where_it_still_holds(target):
-    parts = made(target=target)
+@pytest.mark.parametrize(("kept", "size"), [(1, 0.5), (2, 0.25), (3, 1.0)])
+def test_an_edit_is_made_smaller_where_it_still_holds(kept, size):
+    """The bound lies between what the edit does at 1/2^kept of its size and at twice that; at an
+    eighth this one no longer answers."""
+    parts = made(eta=1.0)
     env, rollout = parts.rollout.env, parts.rollout
     outcome, watch = rollout.propose(EditBatch((OSLO,))), Watch(env)
-    whole = watch.measure()
-    env.scale(0.5)
-    half = watch.measure()
-    env.scale(2.0)
-    assert half.kl < whole.kl
-    said = settle(env, watch, Guard(max_kl=(whole.kl + half.kl) / 2, max_drift=None), outcome)
+    whole = env.pending
+    found = []
+    for _ in range(4):
+        found.append(watch.measure())
+        env.scale(0.5)
+    env.pending = whole
+    limit = (found[kept - 1].kl + found[kept].kl) / 2
+    said = settle(env, watch, Guard(max_kl=limit, max_drift=None), outcome)
+    assert said.scale == size
     for name, shift in env.trial().items():  # what is pending is what the verdict speaks of
         assert torch.equal(shift.dense(), said.outcome.shifts[name].dense())
-        torch.testing.assert_close(shift.dense(), outcome.shifts[name].dense() * said.scale)
-    if target > 0.5:
-        assert (said.scale, said.reasons) == (0.5, ()) and said.moved.kl == pytest.approx(half.kl)
+        torch.testing.assert_close(shift.dense(), outcome.shifts[name].dense() * size)
+    if size < 1:
+        assert said.reasons == () and said.moved.kl == pytest.approx(found[kept].kl)
     else:
-        assert said.scale == 1.0 and said.moved == whole
-        assert "at half of the shift" in said.reasons[0] and "does not hold" in said.reasons[0]
+        assert said.moved == found[0]
+        assert f"KL {found[0].kl:.4f}" in said.reasons[0] and "an eighth" in said.reasons[0]
+        assert "does not hold" in said.reasons[0]
 
 
 def test_a_huge_edit_is_rejected_with_the_figure_and_nothing_changes(tmp_path):
