@@ -129,8 +129,9 @@ class Editor:
                 backbone.tokenizer = tokenizer
         else:
             backbone = Backbone(model, tokenizer, modules)
+        world = named and model_path(str(model)) == model_path(WORLD)
+        guard = guard or Guard.of(world)
         if preserve is None:
-            world = named and model_path(str(model)) == model_path(WORLD)
             preserve = preservation_pairs()[0] if world else NEUTRAL
         if policy:
             parts = load_editor(backbone, policy, seed)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from hiedit.checks import at_least
 
-MAX_KL = 0.1  # nats per watched token that one edit may move the model; docs/safety.md
-MAX_DRIFT = 0.5  # nats per watched token that all edits together may
+MAX_KL = 0.01  # nats per watched token that one edit may move the model; docs/safety.md
+MAX_DRIFT = 0.3  # nats per watched token that all edits together may
+# The embedded world knows its facts alone: everyday prompts are strange to it, and move with any
+# edit.
+WORLD_KL, WORLD_DRIFT = 0.1, 2.0
 
 
 @dataclass(frozen=True)
@@ -60,14 +63,19 @@ class Guard:
             raise ValueError(f"min_success={self.min_success!r}: it must lie in [0, 1]")
 
     @classmethod
-    def parse(cls, max_kl: str, max_drift: str, **limits: float | None) -> Guard:
-        """As the command line gives them: a number, or ``none``.
+    def of(cls, world: bool) -> Guard:
+        """The default one, of the embedded ``world`` or of a real model."""
+        return cls(WORLD_KL, max_drift=WORLD_DRIFT) if world else cls()
+
+    def given(self, **bounds: str | None) -> Guard:
+        """This one with ``bounds`` by name as the command line gives them: a number, ``none``, or
+        None to leave it.
 
         Raises:
             ValueError: for anything else, naming the option.
         """
-        found = {"max_kl": _bound("max_kl", max_kl), "max_drift": _bound("max_drift", max_drift)}
-        return cls(**found, **limits)
+        found = {name: _bound(name, text) for name, text in bounds.items() if text is not None}
+        return replace(self, **found)
 
     @property
     def watches(self) -> bool:

@@ -262,11 +262,12 @@ def test_runs_are_guarded_but_in_the_world():
 
 
 def test_bounds_as_the_command_line_gives_them():
-    assert Guard.parse("none", "NONE") == OFF
-    assert Guard.parse("0.25", "2") == Guard(max_kl=0.25, max_drift=2.0)
-    assert Guard() == Guard(max_kl=MAX_KL, max_drift=MAX_DRIFT) and not OFF.watches
+    assert Guard().given(max_kl="none", max_drift="NONE") == OFF
+    assert Guard().given(max_kl="0.25", max_drift=None) == Guard(max_kl=0.25)
+    assert Guard() == Guard(max_kl=MAX_KL, max_drift=MAX_DRIFT) == Guard.of(world=False)
+    assert Guard.of(world=True).max_kl > MAX_KL and Guard().watches and not OFF.watches
     with pytest.raises(ValueError, match="--max-drift='much'.*none"):
-        Guard.parse("0.1", "much")
+        Guard().given(max_drift="much")
     for name in ("max_kl", "max_drift", "max_local_kl"):
         with pytest.raises(ValueError, match=name):
             Guard(**{name: -1.0})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
@@ -47,11 +48,13 @@ def edit(
         typer.Option(help="editable modules (repeatable); default: the ledger's, else see README"),
     ] = None,
     max_kl: Annotated[
-        str, typer.Option(help="one edit may move watched prompts by so much (nats); or none")
-    ] = f"{MAX_KL:g}",
+        str | None,
+        typer.Option(help=f"nats that one edit may move watched prompts, or none [{MAX_KL:g}]"),
+    ] = None,
     max_drift: Annotated[
-        str, typer.Option(help="and all edits together, from the base model; or none")
-    ] = f"{MAX_DRIFT:g}",
+        str | None,
+        typer.Option(help=f"the same of all edits, from the base model, or none [{MAX_DRIFT:g}]"),
+    ] = None,
     max_local_kl: Annotated[
         float | None, typer.Option(help="reject edits that move a row's locality prompts by more")
     ] = None,
@@ -107,11 +110,13 @@ def edit(
     """
     from hiedit.cli.report import Report
     from hiedit.cli.requests import from_file, from_lines
-    from hiedit.experiment import is_editor
+    from hiedit.experiment import WORLD, is_editor, model_path
     from hiedit.ledger.offline import check_free
     from hiedit.methods import load_method
 
-    guard = Guard.parse(max_kl, max_drift, min_success=min_success, max_local_kl=max_local_kl)
+    limits = Guard.of(model_path(model) == model_path(WORLD))
+    limits = dataclasses.replace(limits, min_success=min_success, max_local_kl=max_local_kl)
+    guard = limits.given(max_kl=max_kl, max_drift=max_drift)
     piped = source == STDIN
     rows = (
         from_lines(sys.stdin.buffer, schema) if piped else from_file(source, schema, skip_bad_rows)
