@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 from hiedit.checks import at_least
 
-MAX_KL = 0.01  # nats per watched token that one edit may move the model; docs/safety.md
-MAX_DRIFT = 0.3  # nats per watched token that all edits together may
+MAX_KL = 0.005  # nats per watched token that one edit may move the model; docs/safety.md
+MAX_DRIFT = 0.5  # nats per watched token that all edits together may
 # The embedded world knows its facts alone: everyday prompts are strange to it, and move with any
 # edit.
 WORLD_KL, WORLD_DRIFT = 0.1, 2.0
