@@ -360,7 +360,8 @@ class TrainConfig:
 class EvaluateConfig:
     """Measuring: at ``points`` moments of the stream; retention looks at the earliest
     ``retention_share`` of the edits; ``batch`` sequences a forward pass. immediate: also ask about
-    every edit once it is made. neutral: a file of texts for the perplexity; null: our own."""
+    every edit once it is made. neutral: a file of texts for the perplexity; null: our own. guard:
+    keep the default bounds (null: where the model is a real one)."""
 
     points: int = 5
     retention_share: float = 0.25
@@ -368,11 +369,11 @@ class EvaluateConfig:
     examples: int = 3
     immediate: bool = False
     neutral: str | None = None
+    guard: bool | None = None
 
     def __post_init__(self):
-        at_least("evaluate.points", self.points, 1)
-        at_least("evaluate.batch", self.batch, 1)
-        at_least("evaluate.examples", self.examples, 0)
+        for key, least in (("points", 1), ("batch", 1), ("examples", 0)):
+            at_least(f"evaluate.{key}", getattr(self, key), least)
         if not 0 < self.retention_share <= 1:
             raise ValueError(
                 f"evaluate.retention_share={self.retention_share!r}: it must lie in (0, 1]"

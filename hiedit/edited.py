@@ -23,7 +23,9 @@ class Edited:
     status: ``committed``; ``skipped``, as the same edit is in effect; ``rejected``, see reasons;
     ``predicted`` by a dry run. id: in the ledger (of the earlier edit where skipped), else None.
     conflicts: ids of edits in effect with the same prompt and another answer.
-    success, kl: see ``Prediction``. layers: modules touched. passes: shifts computed.
+    success, local_kl: see ``Prediction``. layers: modules touched. passes: shifts computed.
+    kl, drift: see ``Moved``; None where nothing was watched. scale: below 1 where the edit was made
+    smaller to keep the guard's bounds.
     """
 
     request: EditRequest
@@ -36,6 +38,9 @@ class Edited:
     layers: tuple[str, ...] = ()
     passes: int = 0
     seconds: float = 0.0
+    drift: float | None = None
+    scale: float = 1.0
+    local_kl: float | None = None
 
 
 @dataclass(frozen=True)

@@ -25,6 +25,7 @@ from hiedit.data.stream import EditStream, StreamConfig, splits
 from hiedit.evaluation.lifelong import StreamProbe, run_stream, with_training
 from hiedit.evaluation.metrics import SILENCE, generate
 from hiedit.evaluation.results import MethodResult
+from hiedit.guard import Guard, GuardedRollout
 from hiedit.hub import check_hub
 from hiedit.methods import Method, build_method, record_choices
 from hiedit.models import WORLD, resolve
@@ -256,10 +257,13 @@ def run_method(
             backbone, data, method, train, seed, hooks, trainer, checkpoints
         )
     spent = time.perf_counter() - start
+    rollout = parts.rollout
+    if evaluate.guard:
+        rollout = GuardedRollout(rollout, Guard(), [prompt for prompt, _ in data.preserve])
     try:
         hooks.stage("edit")
         result = run_stream(
-            parts.rollout,
+            rollout,
             probe,
             evaluate,
             method=parts.config.name,
@@ -271,4 +275,5 @@ def run_method(
         parts.rollout.reset()
     result = with_training(result, spent, history[-1].edit if history else 0)
     config = {"method": dataclasses.asdict(parts.config), "train": dataclasses.asdict(train)}
-    return dataclasses.replace(result, config=config), parts, history
+    rejected = rollout.rejected if evaluate.guard else None
+    return dataclasses.replace(result, config=config, rejected=rejected), parts, history

@@ -139,7 +139,7 @@ def run_task(
         probe,
         method,
         config.train,
-        config.evaluate,
+        config.measuring,
         config.seed,
         config.stream.n_edits,
         hooks_of(config, name, send),

@@ -5,6 +5,7 @@ Only the experiment sees it; every component gets its own part.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from hiedit.checks import at_least, choice
@@ -178,3 +179,10 @@ class RunConfig:
             at_least(key, getattr(self, key), 0)
         if not self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: give the directory for the results")
+
+    @property
+    def measuring(self) -> EvaluateConfig:
+        """``evaluate`` with what it leaves to the model decided."""
+        guard = self.evaluate.guard
+        guard = self.model.path != "world" if guard is None else guard
+        return dataclasses.replace(self.evaluate, guard=guard)

@@ -129,7 +129,7 @@ class RankWorker(RolloutWorker):
                 self.probe = StreamProbe(backbone, self.data.stream, c.evaluate.batch)
             ready = editor_of(backbone, method, unpack(editor), c.seed)
             result, *_ = run_method(
-                backbone, self.data, self.probe, method, c.train, c.evaluate, c.seed,
+                backbone, self.data, self.probe, method, c.train, c.measuring, c.seed,
                 c.stream.n_edits, Hooks(edit=tell), ready,
             )  # fmt: skip
         return self._told(result)

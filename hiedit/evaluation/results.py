@@ -69,6 +69,7 @@ class MethodResult:
     layer_frequency: share of edits that touched the module, by module, in the model's order.
     seconds_per_edit: editing alone. amortised_seconds_per_edit: with training divided over the
         stream. train_seconds, train_edits: what training the editor took. peak_memory_mb: MiB.
+    rejected: edits that the guard kept out, None where it was off.
     stream: ``stream_fingerprint`` of the evaluated stream; pairs runs for statistics.
     """
 
@@ -96,6 +97,7 @@ class MethodResult:
     layer_frequency: Mapping[str, float] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
     stream: str | None = None
+    rejected: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -125,7 +127,7 @@ class MethodResult:
         for name in _ROW_NUMBERS:
             row[name] = number(getattr(self, name))
         row |= {"retention_edits": self.retention_edits, "train_edits": self.train_edits}
-        row["stream"] = self.stream
+        row |= {"stream": self.stream, "rejected": self.rejected}
         return row
 
 
