@@ -68,9 +68,9 @@ class ShapeGroup(nn.Module):
         pseudo_keys, pseudo_grads = self.pseudo(keys, grads)
         eta, lam = self.log_eta.exp(), self.log_lam.exp()
         if self.config.solver == "outer":
-            a, r = outer_product(pseudo_keys, pseudo_grads, eta)
             if self.power is None:
-                return a, r
+                return outer_product(pseudo_keys, pseudo_grads, eta)
+            a, r = outer_product(pseudo_keys, pseudo_grads, torch.ones_like(eta))
             own = (keys @ a.mT) * (edit[:, None] == edit)  # other edits' tokens are not its doing
             return a, self._relative(r, own @ r, edit, eta)
         if self.config.solver == "least_squares":
