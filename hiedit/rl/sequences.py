@@ -70,30 +70,26 @@ class EditSequences:
         return encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
 
 
-@torch.no_grad()
 def draw_contexts(backbone: Backbone, count: int, seed: int = 0) -> tuple[str, ...]:
     """``count`` texts of ``SHORTEST`` to ``LONGEST`` tokens that the model continues ``OPENINGS``
-    with, each token one of its ``TOP``, ended by a full stop; the same for the same seed."""
-    tokenizer = backbone.tokenizer
-    draw = torch.Generator().manual_seed(seed)
-    prompts = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
-    lengths = [
-        SHORTEST + int(torch.randint(LONGEST - SHORTEST + 1, (), generator=draw)) for _ in prompts
-    ]
+    with, each token one of its ``TOP``, ended by a full stop; the same for the same seed. They are
+    drawn side by side, in ``LONGEST`` forward passes at most."""
+    if not count:
+        return ()
+    tokenizer, draw = backbone.tokenizer, torch.Generator().manual_seed(seed)
+    ids, attention = encode_prompts(tokenizer, [OPENINGS[i % len(OPENINGS)] for i in range(count)])
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count,), generator=draw)
+    ends = (ids.shape[1] + lengths).tolist()
+    never = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
+    while ids.shape[1] < max(ends):
+        logits = backbone.next_logits(ids, attention)
+        best = logits.index_fill(1, never[never < logits.shape[1]], -torch.inf).topk(TOP)
+        chosen = torch.multinomial(best.values.softmax(-1), 1, generator=draw)
+        ids = torch.cat([ids, best.indices.gather(1, chosen)], 1)
+        attention = torch.cat([attention, torch.ones_like(chosen)], 1)
     found = []
-    for prompt, length in zip(prompts, lengths, strict=True):
-        ids, attention = encode_prompts(tokenizer, [prompt])
-        for _ in range(length):
-            out = backbone.model(
-                input_ids=ids.to(backbone.device),
-                attention_mask=attention.to(backbone.device),
-                use_cache=False,
-            )
-            best = out.logits[0, -1].float().cpu().topk(TOP)
-            chosen = torch.multinomial(best.values.softmax(-1), 1, generator=draw)
-            ids = torch.cat([ids, best.indices[chosen][None]], 1)
-            attention = torch.ones_like(ids)
-        text = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    for row, kept, end in zip(ids, attention.bool(), ends, strict=True):
+        text = " ".join(tokenizer.decode(row[:end][kept[:end]], skip_special_tokens=True).split())
         found.append(text.rstrip(".") + ".")
     return tuple(found)
 
