@@ -12,6 +12,7 @@ import dataclasses
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from datetime import UTC, datetime
 
 import torch
@@ -82,29 +83,36 @@ def calibrate(
         raise ValueError("calibrate: no edits to measure with were given")
     asking = Backbone(model, tokenizer, names)
     chosen, known = known_first(asking, requests, edits, progress)
-    pairs = list(preserve or unrelated(requests, chosen))[:PRESERVE]
-    contexts = draw_contexts(asking, UPDATER.contexts, seed)
-    watched = drawn_pairs(asking, DRAWN, seed + 1)
-    profiles = [
-        profile
-        for group in _groups(model, names)
-        for profile in _profiles(
-            Backbone(model, tokenizer, group), chosen, pairs, contexts, watched,
-            lambda done, at=names.index(group[0]): progress(
-                "effects", at * len(chosen) + done, len(names) * len(chosen)
-            ),
-        )
-    ]  # fmt: skip
+    given = Given(
+        requests=tuple(chosen),
+        preserve=tuple(preserve or unrelated(requests, chosen))[:PRESERVE],
+        contexts=draw_contexts(asking, UPDATER.contexts, seed),
+        watched=tuple(drawn_pairs(asking, DRAWN, seed + 1)),
+    )
+    profiles: list[ModuleProfile] = []
+    for group in _groups(model, names):
+        for profile in _profiles(Backbone(model, tokenizer, group), given):
+            profiles.append(profile)
+            progress("effects", len(profiles), len(names))
     modules = choose(profiles)
-    backbone = Backbone(model, tokenizer, modules)
-    updater = _fitted(backbone, key_moments(backbone, _batches(backbone, pairs)))
-    steps = _steps(backbone, updater, chosen[:STEP_EDITS], contexts, watched, progress)
+    steps = _steps(Backbone(model, tokenizer, modules), given, progress)
     return Calibration(
         model=name or type(model).__name__, fingerprint=fingerprint(model), modules=modules,
         eta=choose_step(steps), profiles=tuple(profiles), steps=tuple(steps), edits=len(chosen),
         known=known, versions=dict(environment_tags()), seconds=time.perf_counter() - start,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What is measured with. requests: the edits; preserve: what the protection is fitted on;
+    contexts: what the edits are made behind; watched: unrelated prompts of all edits."""
+
+    requests: tuple[EditRequest, ...]
+    preserve: tuple[Pair, ...]
+    contexts: tuple[str, ...]
+    watched: tuple[Pair, ...]
 
 
 @torch.no_grad()
@@ -148,7 +156,7 @@ def drawn_pairs(backbone: Backbone, count: int, seed: int) -> list[Pair]:
 
 
 def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
-    """Runs of ``names`` whose second moments, as sums and as fitted, are ``MOMENT_BYTES`` at most."""
+    """Runs of ``names`` whose second moments, summed and fitted, take ``MOMENT_BYTES`` at most."""
     layers, group, held = linear_layers(model), [], 0
     for name in names:
         size = 8 * layers[name].in_features ** 2
@@ -161,30 +169,17 @@ def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _profiles(
-    backbone: Backbone,
-    requests: Sequence[EditRequest],
-    pairs: Sequence[Pair],
-    contexts: Sequence[str],
-    watched: Sequence[Pair],
-    told: Callable[[int], None],
-) -> Iterator[ModuleProfile]:
-    """Of every module of ``backbone``; ``told``: how many module-edits are done."""
-    moments = key_moments(backbone, _batches(backbone, pairs))
-    shares = sink_shares(backbone, _batches(backbone, pairs[:BATCH]))
-    names, done = backbone.names, 0
-    for at in range(0, len(names), LAYERS):
-        some = names[at : at + LAYERS]
+def _profiles(backbone: Backbone, given: Given) -> Iterator[ModuleProfile]:
+    """Of every module of ``backbone``."""
+    moments = key_moments(backbone, _batches(backbone, given.preserve))
+    shares = sink_shares(backbone, _batches(backbone, given.preserve[:BATCH]))
+    for at in range(0, len(backbone.names), LAYERS):
+        some = backbone.names[at : at + LAYERS]
         part = Backbone(backbone.model, backbone.tokenizer, some)
-
-        def one(size=len(some)):
-            nonlocal done
-            done += size
-            told(done)
-
         found = effects_apart(
-            Environment(part), _fitted(part, moments), requests, one, None, contexts, watched, BATCH
-        )
+            Environment(part), _fitted(part, moments), given.requests,
+            contexts=given.contexts, watched=given.watched, at_once=BATCH,
+        )  # fmt: skip
         for column, name in enumerate(some):
             gain, price = (effect[:, column].mean().item() for effect in found)
             yield ModuleProfile(
@@ -218,23 +213,16 @@ def _fitted(backbone: Backbone, moments: Mapping[str, KeyMoments]) -> Updater:
     return updater
 
 
-def _steps(
-    backbone: Backbone,
-    updater: Updater,
-    requests: Sequence[EditRequest],
-    contexts: Sequence[str],
-    watched: Sequence[Pair],
-    progress: Tell,
-) -> list[StepProfile]:
+def _steps(backbone: Backbone, given: Given, progress: Tell) -> list[StepProfile]:
+    updater = _fitted(backbone, key_moments(backbone, _batches(backbone, given.preserve)))
     selector = Selector(backbone.names, backbone.shape_groups(), SelectorConfig(kind="all"))
-    env = Environment(backbone)
-    found = []
+    env, requests, found = Environment(backbone), given.requests[:STEP_EDITS], []
     for number, eta in enumerate(ETAS):
         _set_eta(updater, eta)
-        rollout = Rollout(env, selector, updater, PASSES, observe=False, contexts=contexts)
+        rollout = Rollout(env, selector, updater, PASSES, observe=False, contexts=given.contexts)
         rows = []
         for request in requests:
-            rows.append(_one(rollout, request, watched))
+            rows.append(_one(rollout, request, given.watched))
             progress("steps", number * len(requests) + len(rows), len(ETAS) * len(requests))
         success, passes, kl = (sum(column) / len(rows) for column in zip(*rows, strict=True))
         found.append(StepProfile(eta=eta, success=success, passes=passes, kl=kl))
