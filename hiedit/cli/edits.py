@@ -45,6 +45,12 @@ def edit(
         list[str] | None,
         typer.Option(help="editable modules (repeatable); default: the ledger's, else see README"),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate", help="measure a model whose modules nobody names"
+        ),
+    ] = True,
     max_kl: Annotated[
         float | None, typer.Option(help="reject edits that move unrelated prompts by more (nats)")
     ] = None,
@@ -120,7 +126,7 @@ def edit(
         check_free(ledger)
     options = dict(
         method=method, modules=modules, policy=policy, guard=guard, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, calibrate=calibrate,
     )  # fmt: skip
     report = Report(ledger, as_json or piped, skip_bad_rows)
     if deepspeed is not None:
