@@ -17,10 +17,11 @@ SHELL := /bin/bash
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.hiedit-installed
-EXTRAS ?= cli,mlflow,peft,ray,triton,world,test
+EXTRAS ?= cli,mlflow,models,peft,ray,triton,world,test
 # What `make test` uses where it can be had: DeepSpeed comes as source, whose setup fails beside a
 # CUDA build of torch without a CUDA toolkit. Its tests are skipped then, with the reason.
 WANTED ?= deepspeed>=0.19.8,<0.20
+REAL := smollm2-135m
 PYTHON ?= python3.12 python3.11 python3
 TORCH_FLAGS ?=
 
@@ -106,6 +107,9 @@ $(STAMP): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	  [ -z "$(WANTED)" ] || install -c constraints.txt --no-build-isolation "$(WANTED)" ||
 	    say "$(WANTED) could not be installed: its tests will be skipped"
 	fi
+	say "the real model (a download of 93 MB)"
+	$(BIN)/hiedit models get $(REAL) ||
+	  say "going on without it: $(BIN)/hiedit models get $(REAL) brings it"
 	$(BIN)/python -m hiedit.doctor --problems
 	touch $@
 	say "ready"

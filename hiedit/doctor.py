@@ -30,6 +30,7 @@ OPTIONAL = {
     "matplotlib": ("cli", "plots"),
     "scipy": ("cli", "confidence intervals and tests"),
     "mlflow": ("mlflow", "tracking"),
+    "gguf": ("models", "models from GGUF files"),
     "peft": ("peft", "loading exported adapters"),
     "ray": ("ray", "distributed training"),
     "deepspeed": ("deepspeed", "sharded training"),
@@ -69,6 +70,7 @@ def report() -> list[Check]:
         _guarded("triton", _triton),
         *(_guarded(name, lambda name=name: _optional(name)) for name in OPTIONAL),
         _guarded("embedded world", _world),
+        _guarded("real model", _real_model),
         _guarded("threads", _threads),
         _guarded("memory", _memory),
         _guarded("disk", _disk),
@@ -249,6 +251,18 @@ def _world() -> Check:
     if any(path.suffix == ".safetensors" for path in files):
         return Check("embedded world", "ok", f"{size / 1e6:.1f} MB")
     return Check("embedded world", "missing", f"no model in {assets}", "hiedit world build")
+
+
+def _real_model() -> Check:
+    from hiedit.models.registry import KNOWN, is_here, place
+
+    real = [model for model in KNOWN.values() if not model.embedded]
+    for model in real:
+        if is_here(model):
+            return Check("real model", "ok", f"{model.name}, {place(model)}")
+    names = ", ".join(model.name for model in real)
+    remedy = f"hiedit models get {real[0].name}"
+    return Check("real model", "missing", f"{names} is not here", remedy)
 
 
 def _threads() -> Check:

@@ -99,8 +99,9 @@ class Editor:
         """Open (or begin) a ledger on a base model and replay its edits.
 
         Args:
-            model: directory or hub name of a Hugging Face causal LM, ``world``, or a model object
-                (then ``tokenizer`` is needed; it is frozen and put into evaluation mode).
+            model: directory, GGUF file or hub name of a causal LM, a name of ``hiedit models``
+                (``world`` is embedded), or a model object (then ``tokenizer`` is needed; it is
+                frozen and put into evaluation mode).
             method: a training-free method of ``configs/method`` or a YAML file.
             modules: names or patterns; None: the ledger's, those of the trained editor or of
                 ``configs/model`` for this path or hub name, or those of the model's calibration.

@@ -27,14 +27,13 @@ from hiedit.evaluation.metrics import SILENCE, generate
 from hiedit.evaluation.results import MethodResult
 from hiedit.hub import check_hub
 from hiedit.methods import Method, build_method, record_choices
+from hiedit.models import WORLD, resolve
 from hiedit.rl.checkpoint import Checkpoints
 from hiedit.rl.training import TrainStep
 from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.types import EditRequest
-from hiedit.world import split_facts, world_dir, world_requests, world_stream
+from hiedit.world import split_facts, world_requests, world_stream
 from hiedit.world.preserve import preservation_pairs
-
-WORLD = "world"
 
 
 @dataclass(frozen=True)
@@ -60,8 +59,13 @@ class Hooks:
 
 
 def model_path(path: str) -> str:
-    """``world`` means the embedded model, everything else is itself."""
-    return str(world_dir()) if path == WORLD else path
+    """The directory of a model of ``hiedit models`` (``world``: the embedded one) or of a GGUF
+    file; everything else is itself.
+
+    Raises:
+        ValueError: for a model that is not here or a file that is none, with what to do.
+    """
+    return resolve(path)
 
 
 def load_backbone(config: ModelConfig) -> Backbone:
@@ -113,7 +117,7 @@ def check_modules(config: ModelConfig) -> list[str]:
         first = str(error).splitlines()[0]
         raise ValueError(
             f"model.path={config.path!r}: no model there ({first}); give a directory that holds "
-            "config.json, a hub name, or 'world' for the embedded model"
+            "config.json, a GGUF file, a hub name, 'world', or another name of `hiedit models`"
         ) from None
     with torch.device("meta"):
         empty = AutoModelForCausalLM.from_config(

@@ -32,7 +32,8 @@ def check_hub(path: str) -> None:
         raise ValueError(
             f"model.path={path!r}: there is no such directory, the model is not in the cache, and "
             f"the hub ({constants.ENDPOINT}) does not answer: give a directory that holds its "
-            "config.json (`hiedit plan` reads no more than that), or run this online"
+            "config.json (`hiedit plan` reads no more than that), a GGUF file, a name that `hiedit "
+            "models` lists, or run this online"
         )
     constants.HF_HUB_OFFLINE = True  # or every file is asked for six times first
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.backbone.moments import key_moments, output_power, phrasing_scatter
+from hiedit.backbone.moments import key_moments, phrasing_scatter, typical_power
 from hiedit.checks import choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.neutral import NEUTRAL
@@ -184,7 +184,7 @@ def fit_power(backbone: Backbone, updater: Updater, pairs: Sequence[Pair], most:
     """Tell ``updater`` how large its modules' outputs are, on the first ``most`` sentences made of
     ``pairs``."""
     tokens = encode(backbone.tokenizer, list(pairs[:most]), padding_side="left")
-    updater.fit_power(output_power(backbone, [tokens.to(backbone.device)]))
+    updater.fit_power(typical_power(backbone, [tokens.to(backbone.device)]))
 
 
 def preserved_pairs(

@@ -43,7 +43,7 @@ class Replayed:
         """Load the base model and bring it to the edits in effect.
 
         Args:
-            model: directory or hub name of the base model, or ``world``.
+            model: directory, GGUF file or hub name of the base model, or of ``hiedit models``.
             ledger: its directory.
             dtype: of the weights; ``auto``: that of the ledger.
 

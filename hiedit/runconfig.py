@@ -17,7 +17,8 @@ PLACEMENTS = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """name: shown in tables. path: a Hugging Face directory or hub name, or ``world`` (embedded).
+    """name: shown in tables. path: a name of ``hiedit models`` (``world`` is embedded), a Hugging
+    Face directory, a GGUF file, or a hub name.
     modules: names or patterns (``model.layers.{11-15}.mlp.gate_proj``); null: the default.
     edits_on: where W_0 and the sum of shifts are kept that a commit needs, the model's ``device``
     or the ``host``'s memory (a quarter of an 8B model in bf16 less on the device, slower commits).
@@ -35,7 +36,9 @@ class ModelConfig:
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.edits_on", self.edits_on, ("device", "host"))
         if not self.path:
-            raise ValueError("model.path is empty: give a model directory, a hub name, or 'world'")
+            raise ValueError(
+                "model.path is empty: give a model directory, a GGUF file, a hub name, or 'world'"
+            )
 
 
 @dataclass(frozen=True)

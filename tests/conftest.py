@@ -11,10 +11,6 @@ import sys
 import tempfile
 from pathlib import Path
 
-# No calibration of a test's model stays, and none that is here is met.
-os.environ["HIEDIT_CACHE"] = tempfile.mkdtemp(prefix="hiedit-cache-")
-atexit.register(shutil.rmtree, os.environ["HIEDIT_CACHE"], ignore_errors=True)
-
 # Read by huggingface_hub when it is imported, so before anything that imports it.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

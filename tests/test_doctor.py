@@ -32,7 +32,14 @@ def test_a_working_installation(checks):
 
 def test_every_part_is_looked_at(checks):
     assert set(doctor.OPTIONAL) < set(checks)
-    others = ("compiled extension", "C++ compiler", "ninja", "triton", "embedded world")
+    others = (
+        "compiled extension",
+        "C++ compiler",
+        "ninja",
+        "triton",
+        "embedded world",
+        "real model",
+    )
     assert {*others, "threads", "memory", "disk"} < set(checks)
     for check in checks.values():
         assert check.status in ("ok", "missing", "broken") and check.found

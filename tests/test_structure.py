@@ -21,7 +21,7 @@ LAYERS = [
     {"checks"},
     {"types", "config", "durable", "extension", "provenance"},
     {"data", "world"},
-    {"backbone"},
+    {"backbone", "models"},
     {"policy", "updaters", "ledger"},
     {"rl"},
     {"evaluation", "calibration"},
@@ -33,10 +33,10 @@ RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}
 # and yaml come with transformers). Anything else is imported inside the function that needs it.
 CORE = {"torch", "transformers", "safetensors", "numpy", "tokenizers", "yaml", "hiedit"}
 OPTIONAL = ("datasets", "hydra", "omegaconf", "typer", "rich", "mlflow", "ray", "deepspeed", "peft",
-            "matplotlib", "scipy", "pandas", "sklearn")  # fmt: skip
+            "matplotlib", "scipy", "pandas", "sklearn", "gguf")  # fmt: skip
 # The only rooms that may import these, lazily or not.
 OWNERS = {"mlflow": {"tracking"}, "ray": {"distributed"}, "typer": {"cli"},
-          "deepspeed": {"sharded"}}  # fmt: skip
+          "deepspeed": {"sharded"}, "gguf": {"models"}}  # fmt: skip
 
 UNSAFE = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 MAX_LINES = 400

@@ -22,13 +22,15 @@ class KeyMoments(NamedTuple):
 
     moment: [I, I], mean of ``k k^T`` over the tokens that are no sinks. power: [], mean of
     ``|y|^2`` over the same. sinks: [s, I], an orthonormal basis of the sinks' keys, None where
-    there are none. ratio: norm of the largest key over the median norm.
+    there are none. ratio: norm of the largest key over the median norm. typical: [], median of
+    ``|y|^2``, which a few large outputs do not move.
     """
 
     moment: Tensor
     power: Tensor
     sinks: Tensor | None = None
     ratio: float = 1.0
+    typical: Tensor | None = None
 
 
 @torch.no_grad()
@@ -61,9 +63,8 @@ def key_moments(
 
 
 @torch.no_grad()
-def output_power(backbone: Backbone, batches: Iterable[TokenBatch]) -> dict[str, Tensor]:
-    """By module, the mean of ``|y|^2`` [] over the tokens of ``batches`` that are neither padding
-    nor sinks (outputs more than ``SINK`` times as long as the median one)."""
+def typical_power(backbone: Backbone, batches: Iterable[TokenBatch]) -> dict[str, Tensor]:
+    """By module, the median of ``|y|^2`` [] over the tokens of ``batches`` but padding."""
     sizes: dict[str, list[Tensor]] = {n: [] for n in backbone.modules}
     for batch in batches:
         where = batch.attention.bool()
@@ -72,8 +73,7 @@ def output_power(backbone: Backbone, batches: Iterable[TokenBatch]) -> dict[str,
         for name, found in sizes.items():
             y = at_tokens(outputs[name], where, batch.attention).float()
             found.append(y.square().sum(-1))
-    joined = {n: torch.cat(found) for n, found in sizes.items()}
-    return {n: s[s <= SINK**2 * s.median()].mean() for n, s in joined.items()}
+    return {n: torch.cat(found).median() for n, found in sizes.items()}
 
 
 class _Sums:
@@ -84,6 +84,7 @@ class _Sums:
         self.power = torch.zeros((), device=device)
         self.count, self.median, self.largest = 0, None, 0.0
         self.sinks: list[Tensor] = []
+        self.outputs: list[Tensor] = []
 
     def add(self, keys: Tensor, outputs: Tensor) -> None:
         """keys: [T, I]. outputs: [T, O]."""
@@ -99,13 +100,17 @@ class _Sums:
                 self.sinks.append(keys[sink])
             keys, outputs = keys[~sink], outputs[~sink]
         self.moment += keys.T @ keys
-        self.power += outputs.square().sum()
+        energy = outputs.square().sum(-1)
+        self.power += energy.sum()
+        self.outputs.append(energy)
         self.count += len(keys)
 
     def moments(self) -> KeyMoments:
         count = max(1, self.count)
         sinks = _basis(torch.cat(self.sinks), self.median) if self.sinks else None
-        return KeyMoments(self.moment / count, self.power / count, sinks, self.largest**0.5)
+        typical = torch.cat(self.outputs).median() if self.outputs else self.power
+        moment, power = self.moment / count, self.power / count
+        return KeyMoments(moment, power, sinks, self.largest**0.5, typical)
 
 
 def _basis(keys: Tensor, ordinary: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from hiedit.durable import sync
+from hiedit.models import cache_dir
 
 FORMAT = 1
 BESIDE_LEDGER = "calibration.json"
@@ -89,13 +90,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(inner) for key, inner in value.items()}
     return [_finite(inner) for inner in value] if isinstance(value, list | tuple) else value
-
-
-def cache_dir() -> Path:
-    """``$HIEDIT_CACHE``, else ``hiedit`` in ``$XDG_CACHE_HOME`` or ``~/.cache``; need not exist."""
-    if named := os.environ.get("HIEDIT_CACHE"):
-        return Path(named).expanduser().absolute()
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hiedit"
 
 
 def place(fingerprint: str) -> Path:

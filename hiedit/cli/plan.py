@@ -15,7 +15,7 @@ from hiedit.cli.shared import TrustOption, app, friendly, note, size, table
 def plan(
     model: Annotated[
         str,
-        typer.Option(help="of configs/model (llama-3-70b), or a directory with a config.json"),
+        typer.Option(help="of configs/model (llama-3-70b), or a directory or FILE.gguf"),
     ] = "world",
     method: Annotated[str, typer.Option(help="of configs/method, or a YAML file")] = "hiedit",
     modules: Annotated[

@@ -86,7 +86,9 @@ def _on_ray(workers: int | None) -> list[str]:
 @app.command()
 @friendly
 def evaluate(
-    model: Annotated[str, typer.Option(help="model directory, hub name, or `world`")] = "world",
+    model: Annotated[
+        str, typer.Option(help="model directory, FILE.gguf, hub name, or of `hiedit models`")
+    ] = "world",
     method: Annotated[
         str, typer.Option(help="a training-free method, or the directory of a trained editor")
     ] = "closed-form",
@@ -113,7 +115,7 @@ def evaluate(
     """Edit a lifelong stream with a method and measure ES, GS, LS and retention."""
     from hiedit.compose import compose
     from hiedit.experiment import is_editor
-    from hiedit.methods import load_method
+    from hiedit.methods import configured_model, load_method
     from hiedit.run import run
     from hiedit.runconfig import DatasetConfig, ModelConfig
 
@@ -125,12 +127,11 @@ def evaluate(
             f"method={method}); then give its directory, RUN_DIR/editors/{method}"
         )
     config = compose([f"stream.length={edits}", f"stream.n_edits={n_edits}", f"run_dir={run_dir}"])
-    world = model == "world"
+    known = configured_model(model)
+    named = modules or known.get("modules")
     config = dataclasses.replace(
         config,
-        model=config.model
-        if world and not modules
-        else ModelConfig(Path(model).name, model, modules or None),
+        model=ModelConfig(Path(model).name, model, named, known.get("dtype", "auto")),
         dataset=DatasetConfig(
             Path(dataset).stem, dataset, schema=schema, skip_bad_rows=skip_bad_rows
         ),

@@ -24,7 +24,10 @@ app = typer.Typer(
 
 LedgerOption = Annotated[Path, typer.Option("--ledger", help="directory of the ledger")]
 ModelOption = Annotated[
-    str, typer.Option("--model", help="the base model: directory, hub name, or `world`")
+    str,
+    typer.Option(
+        "--model", help="the base model: directory, FILE.gguf, hub name, or of `hiedit models`"
+    ),
 ]
 DtypeOption = Annotated[str, typer.Option(help="of the weights: auto, float32, bfloat16, float16")]
 DeviceOption = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]

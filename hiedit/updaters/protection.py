@@ -14,8 +14,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from hiedit.updaters.solvers import solve_spd
-
 
 class Protection(nn.Module):
     """Precision of protected keys for the modules of one shape.
@@ -99,9 +97,13 @@ class Protection(nn.Module):
         k = keys.masked_fill(~live[:, :, None], 0.0) * scale[:, None, None]
         kp = k @ self.precision
         eye = torch.eye(k.shape[1], dtype=k.dtype, device=k.device)
-        update = kp.mT @ solve_spd(eye + kp @ k.mT, kp)
-        finite = update.isfinite().all(-1).all(-1)[:, None, None]
-        self.precision -= torch.where(finite, 0.5 * (update + update.mT), 0.0)
+        # With a root of the system, what is taken away is symmetric by itself, and the precision,
+        # by far the largest thing here, is read and written once.
+        root, info = torch.linalg.cholesky_ex(eye + kp @ k.mT)
+        half = torch.linalg.solve_triangular(root, kp, upper=False)
+        sound = (info == 0) & half.isfinite().all(-1).all(-1)
+        half = torch.where(sound[:, None, None], half, 0.0)
+        torch.baddbmm(self.precision, half.mT, half, alpha=-1, out=self.precision)
 
     def collision(self, keys: Tensor) -> Tensor:
         """[M, T]: ``1 - eps k^T P k / k^T k`` of keys [M, T, I]. ``P`` is at most ``1 / eps``,
