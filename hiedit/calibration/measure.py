@@ -40,8 +40,8 @@ from hiedit.updaters.updater import Updater
 from hiedit.world import world_requests
 
 UPDATER = UpdaterConfig(
-    kind="closed_form", solver="protected", step="relative", tokens="subject", preserve_tokens="all",
-    eta=0.3, contexts=3,
+    kind="closed_form", solver="protected", step="relative", tokens="subject",
+    preserve_tokens="all", eta=0.3, contexts=3,
 )  # fmt: skip
 PASSES = PassesConfig(max=10, target_probability=0.8)
 ETAS = (0.1, 0.2, 0.3, 0.45)
