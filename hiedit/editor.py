@@ -18,6 +18,8 @@ from typing import Any
 from torch import nn
 
 from hiedit.backbone.model import Backbone
+from hiedit.calibrating import prepared
+from hiedit.calibration import calibrated
 from hiedit.data.neutral import NEUTRAL
 from hiedit.edited import COMMITTED, PREDICTED, REJECTED, SKIPPED, Edited, Holding, holding
 from hiedit.experiment import WORLD, load_backbone, model_path
@@ -29,7 +31,14 @@ from hiedit.ledger.reader import Reader
 from hiedit.ledger.records import ACTIVE, Entry, Record
 from hiedit.ledger.state import DeltaState
 from hiedit.ledger.verify import Verification
-from hiedit.methods import Method, build_method, configured_model, load_editor, load_method
+from hiedit.methods import (
+    Method,
+    build_method,
+    configured_model,
+    load_editor,
+    load_method,
+    trained_modules,
+)
 from hiedit.remember import Memory
 from hiedit.rl.rollout import Outcome
 from hiedit.runconfig import ModelConfig
@@ -79,6 +88,7 @@ class Editor:
         policy: str | Path | None = None,
         ledger: str | Path = "edits",
         *,
+        calibrate: bool = True,
         guard: Guard | None = None,
         preserve: Sequence[Pair] | None = None,
         dtype: str = "auto",
@@ -95,8 +105,11 @@ class Editor:
                 (``world`` is embedded), or a model object (then ``tokenizer`` is needed; it is
                 frozen and put into evaluation mode).
             method: a training-free method of ``configs/method`` or a YAML file.
-            modules: names or patterns; None: the ledger's, those of ``configs/model`` for this
-                path or hub name, or a default (the MLP input projections of the middle third).
+            modules: names or patterns; None: the ledger's, those of the trained editor or of
+                ``configs/model`` for this path or hub name, or those of the model's calibration.
+            calibrate: whether a model whose modules nobody names is measured (once, see
+                docs/calibration.md); without, it has a default (MLP output projections between an
+                eighth and a half of the depth).
             policy: directory of a trained editor, instead of ``method``.
             ledger: directory of the ledger.
             guard: limits that every edit must keep; None: the default ones, see ``Guard``.
@@ -117,7 +130,8 @@ class Editor:
         config = None if policy else _training_free(method)
         modules = [modules] if isinstance(modules, str) else modules
         known = configured_model(str(model)) if named else {}
-        modules = _modules(ledger, modules) or known.get("modules")
+        modules = _modules(ledger, modules)
+        modules = modules or (trained_modules(policy) if policy else known.get("modules"))
         if named:
             chosen = list(modules) if modules else None
             if dtype == "auto":
@@ -132,6 +146,8 @@ class Editor:
             backbone = Backbone(model, tokenizer, modules)
         world = named and model_path(str(model)) == model_path(WORLD)
         guard = guard or Guard.of(world)
+        measurable = calibrate and policy is None and loader is load_backbone
+        backbone, found = prepared(backbone, ledger, modules is None and measurable, str(model))
         if preserve is None:
             preserve = preservation_pairs()[0] if world else NEUTRAL
         if policy:
@@ -142,7 +158,7 @@ class Editor:
                     "another edit, a control for experiments alone; give an editor of kind 'policy'"
                 )
         else:
-            parts = build_method(backbone, config, (), preserve, seed)
+            parts = build_method(backbone, calibrated(config, found), (), preserve, seed)
         return cls(parts, ledger, guard, preserve, open_ledger)
 
     @property

@@ -361,21 +361,31 @@ def read_editor(directory: str | Path, modules: Sequence[str]) -> MethodConfig:
     Raises:
         ValueError: if the directory holds none, or it was trained for other modules.
     """
-    directory = Path(directory)
-    about_path = directory / "method.json"
-    if not about_path.exists() or not (directory / "editor.safetensors").exists():
-        raise ValueError(f"{directory} holds no trained editor (method.json, editor.safetensors)")
-    try:
-        about = json.loads(about_path.read_text(encoding="utf-8"))
-        trained, values = about["modules"], about["method"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{about_path} is damaged: {error!r}") from None
+    trained, values = _about(directory)
     if trained != list(modules):
         raise ValueError(
             f"{directory} was trained for the modules {trained}; "
             f"the model's editable ones are {list(modules)}"
         )
     return from_mapping(MethodConfig, values, "method")
+
+
+def trained_modules(directory: str | Path) -> list[str]:
+    """The modules that the trained editor in ``directory`` edits; raises as ``read_editor``."""
+    return _about(directory)[0]
+
+
+def _about(directory: str | Path) -> tuple[list[str], dict]:
+    """The modules and the composition of a trained editor."""
+    directory = Path(directory)
+    about_path = directory / "method.json"
+    if not about_path.exists() or not (directory / "editor.safetensors").exists():
+        raise ValueError(f"{directory} holds no trained editor (method.json, editor.safetensors)")
+    try:
+        about = json.loads(about_path.read_text(encoding="utf-8"))
+        return about["modules"], about["method"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{about_path} is damaged: {error!r}") from None
 
 
 def _parts(method: Method) -> dict[str, torch.nn.Module]:

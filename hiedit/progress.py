@@ -12,13 +12,15 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Update:
-    """Where one method stands: ``done`` of ``total`` edits in ``stage``; ``note`` in words."""
+    """Where one method stands: ``done`` of ``total`` edits (or another ``unit``) in ``stage``;
+    ``note`` in words."""
 
     method: str
     stage: str
     done: int = 0
     total: int | None = None
     note: str = ""
+    unit: str = "edits"
 
 
 class Progress:
@@ -68,14 +70,16 @@ class Progress:
             left = ((update.total or update.done) - update.done) / rate
             _line(
                 f"{update.method}: {update.stage} {update.done}/{update.total}  "
-                f"{rate:.1f} edits/s  {left:.0f} s left  {update.note}".rstrip()
+                f"{rate:.1f} {update.unit}/s  {left:.0f} s left  {update.note}".rstrip()
             )
 
     def _replace(self, update: Update) -> None:
         if update.method in self._tasks:
             self._bar.remove_task(self._tasks[update.method])
         label = f"{update.method}: {update.stage}"
-        self._tasks[update.method] = self._bar.add_task(label, total=None, note="")
+        self._tasks[update.method] = self._bar.add_task(
+            label, total=None, note="", unit=update.unit
+        )
 
 
 def _line(text: str) -> None:
@@ -97,7 +101,7 @@ def _rich_bar():
     class Rate(ProgressColumn):
         def render(self, task):
             speed = task.finished_speed or task.speed
-            return Text("" if speed is None else f"{speed:.1f} edits/s")
+            return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s")
 
     return Progress(
         TextColumn("{task.description:<22}"),

@@ -19,6 +19,7 @@ from pathlib import Path
 import torch
 
 from hiedit.backbone.model import Backbone
+from hiedit.calibrating import measured, named_already
 from hiedit.config import MethodConfig, from_mapping
 from hiedit.data.passages import neutral_texts
 from hiedit.evaluation.lifelong import StreamProbe, with_training
@@ -89,7 +90,11 @@ def run(
         from hiedit.distributed import require_ray
 
         require_ray()
+    if task is None:  # which every rank has to do alike
+        config = named_already(config, editor)
     _check(config, out, editor)
+    if task is None:
+        config = measured(config)
     write_config(out, config)
     if task is not None:
         jobs = 1
@@ -326,7 +331,8 @@ def _check(config: RunConfig, out: Path, editor: str | None) -> None:
     data = load_data(config.dataset, config.stream, config.seed)
     skipped = f" ({data.skipped} malformed rows skipped)" if data.skipped else ""
     print(
-        f"model {config.model.name}, {len(modules)} editable modules; records "
+        f"model {config.model.name}, {len(modules)} editable modules"
+        f"{'' if config.model.modules else ' by default'}; records "
         f"{config.dataset.name}: {len(data.train)} for training{skipped}, stream of "
         f"{len(data.stream)} held-out edits, {config.stream.n_edits} per step",
         flush=True,

@@ -159,6 +159,8 @@ class RunConfig:
 
     threads: of torch; 0 leaves its default. resume: continue training from the newest checkpoint
     in ``run_dir`` (``launch/train.py resume=RUN_DIR`` sets it, and everything else as it was).
+    calibrate: where no modules are named, those of the model's calibration are edited, which is
+    measured where it is not kept; false: a stated default.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -173,6 +175,7 @@ class RunConfig:
     run_dir: str = "runs/train"
     threads: int = 0
     resume: bool = False
+    calibrate: bool = True
 
     def __post_init__(self):
         for key in ("seed", "threads"):

@@ -83,6 +83,17 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def calibrations(tmp_path_factory):
+    """A directory of the suite's own for calibrations: none stays, and none that is here is met."""
+    import hiedit.calibration.profile as profile
+
+    with pytest.MonkeyPatch.context() as patched:
+        directory = tmp_path_factory.mktemp("cache")
+        patched.setattr(profile, "cache_dir", lambda: directory)
+        yield directory
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

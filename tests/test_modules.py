@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.modules import (
+    candidates,
     default_modules,
     expand_ranges,
     linear_layers,
@@ -72,6 +73,14 @@ EXPECTED = {
     "opt": ("model.decoder.layers", _OPT, ["fc1"]),
     "gpt2": ("transformer.h", _GPT2, ["mlp.c_fc"]),
 }
+# By architecture: the MLP's output projection.
+OUTPUTS = dict.fromkeys(("llama", "gemma2", "qwen2", "mistral"), "mlp.down_proj") | {
+    "phi": "mlp.fc2",
+    "gptj": "mlp.fc_out",
+    "gpt_neox": "mlp.dense_4h_to_h",
+    "opt": "fc2",
+    "gpt2": "mlp.c_proj",
+}
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
@@ -106,9 +115,14 @@ def test_every_linear_layer_is_found_with_its_shape(architecture, model):
         assert stored == (layer.shape if layer.conv1d else layer.shape[::-1])
 
 
-def test_default_is_the_mlp_inputs_of_the_middle_third(architecture, model):
-    path, _, inputs = EXPECTED[architecture]
-    expected = [f"{path}.{i}.{n}" for i in (1, 2) for n in inputs]
+def test_candidates_are_the_mlps_outputs(architecture, model):
+    path = EXPECTED[architecture][0]
+    expected = {f"{path}.{i}.{OUTPUTS[architecture]}": i for i in range(LAYERS)}
+    assert candidates(model) == expected and list(candidates(model)) == list(expected)
+
+
+def test_default_is_the_candidates_from_an_eighth_to_a_half(architecture, model):
+    expected = [f"{EXPECTED[architecture][0]}.1.{OUTPUTS[architecture]}"]
     assert default_modules(model) == expected
     assert list(resolve_modules(model)) == expected
     assert Backbone(model, None).names == expected
@@ -202,13 +216,13 @@ def test_an_empty_list_is_an_error(llama):
 
 
 @pytest.mark.parametrize(
-    ("layers", "middle"),
-    [(1, [0]), (2, [0, 1]), (3, [1]), (5, [1, 2, 3]), (6, [2, 3]), (12, [4, 5, 6, 7])],
+    ("layers", "edited"),
+    [(1, [0]), (2, [1]), (3, [1]), (5, [1]), (6, [1, 2]), (12, [2, 3, 4, 5]), (30, range(4, 15))],
     ids=lambda value: str(value) if isinstance(value, int) else "",
 )
-def test_the_middle_third_of_other_depths(layers, middle):
+def test_the_default_of_other_depths(layers, edited):
     names = default_modules(tiny_model("gptj", n_layer=layers))
-    assert names == [f"transformer.h.{i}.mlp.fc_in" for i in middle]
+    assert names == [f"transformer.h.{i}.mlp.fc_out" for i in edited]
 
 
 def test_a_model_without_known_names_asks_for_modules():

@@ -24,7 +24,7 @@ LAYERS = [
     {"backbone", "models"},
     {"policy", "updaters", "ledger"},
     {"knowledge", "rl"},
-    {"evaluation"},
+    {"evaluation", "calibration"},
     {"methods", "plots", "runconfig", "tracking"},
 ]
 RANK = {room: rank for rank, layer in enumerate(LAYERS) for room in layer}

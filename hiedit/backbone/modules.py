@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
-# The MLP's input projections as the architectures call them; the default edits the middle third.
+# The MLP's input projections as the architectures call them.
 MLP_INPUTS = (
     "gate_proj",
     "up_proj",
@@ -23,6 +23,16 @@ MLP_INPUTS = (
     "dense_h_to_4h",
     "w1",
     "w3",
+)
+# And its output projections, which the default edits: as a name's end, because GPT-2 calls the
+# attention's output c_proj too.
+MLP_OUTPUTS = (
+    "down_proj",
+    "fc2",
+    "fc_out",
+    "mlp.c_proj",
+    "dense_4h_to_h",
+    "w2",
 )
 _RANGE = re.compile(r"\{([0-9,\- ]+)\}")
 _BOUNDS = re.compile(r" *(\d+) *(?:- *(\d+) *)?")
@@ -129,23 +139,36 @@ def expand_ranges(pattern: str) -> list[str]:
     return [name for n in numbers for name in expand_ranges(f"{head}{n}{tail}")]
 
 
-def default_modules(model: nn.Module) -> list[str]:
-    """The MLP input projections of the middle third of the layers.
+def candidates(model: nn.Module) -> dict[str, int]:
+    """The MLP's output projections with the number of the layer of each, in the model's order.
 
     Raises:
         ValueError: if no layer of the model has a name known for that role.
     """
-    names = [n for n in linear_layers(model) if n.rsplit(".", 1)[-1] in MLP_INPUTS]
-    layer_of = {n: int(m.group(1)) for n in names if (m := re.search(r"\.(\d+)\.", n))}
-    if not layer_of:
+    ends = tuple(f".{end}" for end in MLP_OUTPUTS)
+    names = [n for n in linear_layers(model) if f".{n}".endswith(ends)]
+    found = {n: int(m.group(1)) for n in names if (m := re.search(r"\.(\d+)\.", n))}
+    if not found:
         raise ValueError(
-            "modules: this model has no MLP input projection under a known name "
-            f"({', '.join(MLP_INPUTS)}); name the modules, for example "
+            "modules: this model has no MLP output projection under a known name "
+            f"({', '.join(MLP_OUTPUTS)}); name the modules, for example "
             f"{list(linear_layers(model))[:3]}"
         )
+    return found
+
+
+def default_modules(model: nn.Module) -> list[str]:
+    """The MLP output projections between an eighth and a half of the depth: what is edited where
+    nobody names modules and nothing was measured.
+
+    Raises:
+        ValueError: as ``candidates``.
+    """
+    layer_of = candidates(model)
     count = max(layer_of.values()) + 1
-    low, high = count // 3, max(count // 3 + 1, (2 * count + 2) // 3)
-    return [n for n in names if low <= layer_of.get(n, -1) < high]
+    low = min(-(-count // 8), count - 1)
+    high = max(low + 1, count // 2)
+    return [n for n, layer in layer_of.items() if low <= layer < high]
 
 
 def resolve_modules(

@@ -2,7 +2,7 @@
 
 shared: what the commands have in common. runs: training and measuring. plan: what a run needs.
 edits: editing a model of one's own, with input and reports. ledgers: looking at edits, taking them
-back, handing them on. models: which there are, and bringing one here.
+back, handing them on. models: which there are, and bringing one here. calibrate: measuring one.
 """
 
 import sys
@@ -12,7 +12,14 @@ try:
 except ImportError:  # the core works without the command line
     sys.exit("the `hiedit` command needs typer and rich: pip install 'hiedit[cli]'")
 
-from hiedit.cli import edits, ledgers, models, plan, runs  # noqa: E402, F401  (they add commands)
+from hiedit.cli import (  # noqa: E402, F401  (they add their commands)
+    calibrate,
+    edits,
+    ledgers,
+    models,
+    plan,
+    runs,
+)
 from hiedit.cli.shared import app  # noqa: E402
 
 __all__ = ["app", "main"]

@@ -47,6 +47,12 @@ def edit(
         list[str] | None,
         typer.Option(help="editable modules (repeatable); default: the ledger's, else see README"),
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate", help="measure a model whose modules nobody names"
+        ),
+    ] = True,
     max_kl: Annotated[
         str | None,
         typer.Option(help=f"nats that one edit may move watched prompts, or none [{MAX_KL:g}]"),
@@ -136,7 +142,7 @@ def edit(
         check_free(ledger)
     options = dict(
         method=method, modules=modules, policy=policy, guard=guard, dtype=dtype, device=device,
-        trust_remote_code=trust_remote_code,
+        trust_remote_code=trust_remote_code, calibrate=calibrate,
     )  # fmt: skip
     report = Report(ledger, as_json or piped, skip_bad_rows)
     if deepspeed is not None:

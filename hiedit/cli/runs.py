@@ -98,6 +98,12 @@ def evaluate(
     modules: Annotated[
         list[str] | None, typer.Option(help="editable modules (repeatable); default: see README")
     ] = None,
+    calibrate: Annotated[
+        bool,
+        typer.Option(
+            "--calibrate/--no-calibrate", help="measure a model whose modules nobody names"
+        ),
+    ] = True,
     edits: Annotated[int, typer.Option(help="length of the stream")] = 200,
     n_edits: Annotated[int, typer.Option(help="edits per step")] = 1,
     seed: Annotated[int, typer.Option(help="of the stream")] = 0,
@@ -132,6 +138,7 @@ def evaluate(
         stream=dataclasses.replace(config.stream, seed=seed),
         tracking=dataclasses.replace(config.tracking, mode=tracking),
         seed=seed,
+        calibrate=calibrate,
     )
     run(config, [chosen] if chosen else [], editor=editor)
 

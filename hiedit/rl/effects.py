@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from hiedit.data.tokens import encode
 from hiedit.policy.selectors import top_k_mask
 from hiedit.rl.candidates import copied
 from hiedit.rl.environment import Environment
+from hiedit.rl.reference import Pair
 from hiedit.rl.sequences import EditSequences
 from hiedit.types import EditBatch, EditRequest
 from hiedit.updaters.updater import Updater
@@ -25,7 +27,6 @@ def single_module_effects(
     return found.sum(0) / max(1, len(found))
 
 
-@torch.no_grad()
 def effects_by_edit(
     env: Environment,
     updater: Updater,
@@ -35,17 +36,42 @@ def effects_by_edit(
     masks: Tensor | None = None,
 ) -> Tensor:
     """[E, L]: the fall in loss when one module alone takes the shift, for each request; or [E, C]
-    when each of ``masks`` [C, L] does.
+    when each of ``masks`` [C, L] does: ``gain - c_loc * price`` of ``effects_apart``."""
+    found = effects_apart(env, updater, requests, done, masks)
+    return found.gain - c_loc * found.price
 
-    The loss is the mean cross-entropy of the edit and its paraphrases plus ``c_loc`` times the KL
-    on its unrelated prompts, in nats, on the unedited model. One forward pass per request scores
-    all modules: each is a copy of the sequences with its own mask. ``done`` is called after each.
+
+class Effects(NamedTuple):
+    """What masks do to edits, in nats on the unedited model. gain: [E, C], fall in the mean
+    cross-entropy of the edit and its paraphrases. price: [E, C], mean KL on unrelated prompts."""
+
+    gain: Tensor
+    price: Tensor
+
+
+@torch.no_grad()
+def effects_apart(
+    env: Environment,
+    updater: Updater,
+    requests: Sequence[EditRequest],
+    done: Callable[[], None] = lambda: None,
+    masks: Tensor | None = None,
+    contexts: Sequence[str] = (),
+    watched: Sequence[Pair] = (),
+    at_once: int = 0,
+) -> Effects:
+    """The ``Effects`` of one pass under each of ``masks`` [C, L] (None: each module alone), for
+    each request.
+
+    A forward pass scores many masks: each is a copy of the sequences with its own scale. ``done``
+    is called after each request. contexts: what the edit is made behind too. watched: unrelated
+    (prompt, answer) pairs beside the request's own. at_once: sequences in a forward pass (0: all).
     """
-    every = torch.eye(len(updater.names)) if masks is None else masks
     names, backbone = updater.names, env.backbone
+    every = torch.eye(len(names)) if masks is None else masks
     every = every.to(backbone.device)
     subject = updater.config.tokens == "subject"
-    sequences = EditSequences(backbone.tokenizer, phrasings=False, subject=subject)
+    sequences = EditSequences(backbone.tokenizer, contexts, phrasings=False, subject=subject)
     rows = []
     for request in requests:
         edit = sequences.encode(EditBatch((request,)))
@@ -53,9 +79,12 @@ def effects_by_edit(
         shifts = updater(signals, torch.ones(1, len(names), device=backbone.device))
         near = [(place.prompt, place.answer) for place in request.locality if place.answer][:2]
         asked = [(p, request.target) for p in (request.prompt, *request.paraphrases[:2])]
-        rows.append(_gain_by_mask(env, shifts, names, every, asked, near, c_loc))
+        rows.append(_by_mask(env, shifts, names, every, asked, [*near, *watched], at_once))
         done()
-    return torch.stack(rows) if rows else torch.zeros(0, len(every), device=backbone.device)
+    if not rows:
+        none = torch.zeros(0, len(every), device=backbone.device)
+        return Effects(none, none)
+    return Effects(*(torch.stack(part) for part in zip(*rows, strict=True)))
 
 
 def subset_effects(
@@ -95,20 +124,22 @@ def best_subset(
     return mask
 
 
-def _gain_by_mask(env, shifts, names, masks, rows, near, c_loc) -> Tensor:
+def _by_mask(env, shifts, names, masks, rows, near, at_once) -> Effects:
+    """The effects of each mask [C] on one edit. rows: what the edit is to say; near: what it is to
+    leave alone."""
     tokenizer, device = env.backbone.tokenizer, env.backbone.device
-    masks = torch.cat([masks, masks.new_zeros(1, len(names))])  # at last the model as it is
-    copies = len(masks)
-    batch = encode(tokenizer, [*rows, *near] * copies, padding_side="left").to(device)
-    width = len(rows) + len(near)
-    stacked = copied(shifts, masks, width, names)
-    answers = env.answers(batch, stacked)
-    nll = answer_nll(answers).view(copies, width)
-    loss = nll[:, : len(rows)].mean(-1)
-    if near:
-        base = answers.take((copies - 1) * width + len(rows), copies * width).logits
-        reference = base.float().log_softmax(-1)
-        for copy in range(copies):
+    pairs = [*rows, *near]
+    width = len(pairs)
+    base = env.answers(encode(tokenizer, pairs, padding_side="left").to(device))
+    before = answer_nll(base)[: len(rows)].mean()
+    reference = base.take(len(rows), width).logits.float().log_softmax(-1)
+    gain, price = [], []
+    for some in masks.split(max(1, at_once // width) if at_once else len(masks)):
+        batch = encode(tokenizer, pairs * len(some), padding_side="left").to(device)
+        answers = env.answers(batch, copied(shifts, some, width, names))
+        nll = answer_nll(answers).view(len(some), width)
+        gain.append(before - nll[:, : len(rows)].mean(-1))
+        for copy in range(len(some)):
             part = answers.take(copy * width + len(rows), (copy + 1) * width)
-            loss[copy] += c_loc * answer_kl(part, reference).mean()
-    return loss[-1] - loss[:-1]
+            price.append(answer_kl(part, reference).mean() if near else nll.new_zeros(()))
+    return Effects(torch.cat(gain), torch.stack(price))
