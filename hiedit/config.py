@@ -140,8 +140,9 @@ class UpdaterConfig:
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
-    before which the edit is made too. ``auto`` and null leave
-    either to the model's ``Place``. clamp: of normalised signals, in standard deviations.
+    before which the edit is made too, and, with ``subject_alone``, behind which the subject alone
+    is given the same change. ``auto`` and null leave either to the model's ``Place``.
+    clamp: of normalised signals, in standard deviations.
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
     at the positions that predict their answers or at all up to there (``preserve_tokens``), and on
     ``own_text`` texts that the model writes by itself.
@@ -175,6 +176,7 @@ class UpdaterConfig:
     phrasing_edits: int = 200
     contexts: int | None = 0
     own_text: int = 0
+    subject_alone: bool = False
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
