@@ -67,8 +67,8 @@ class MethodResult:
     kl: mean KL of the edited from the unedited model on locality prompts, nats.
     weight_growth: relative growth of the Frobenius norm, by module (0.01 is one percent).
     layer_frequency: share of edits that touched the module, by module, in the model's order.
-    seconds_per_edit: editing alone. amortised_seconds_per_edit: with training divided over the
-        stream. train_seconds, train_edits: what training the editor took. peak_memory_mb: MiB.
+    seconds_per_edit: editing alone; processor_seconds_per_edit: the same, of all cores together.
+    amortised_seconds_per_edit: with training divided over the stream. train_seconds, train_edits: what training the editor took. peak_memory_mb: MiB.
     rejected: edits that the guard kept out, None where it was off.
     stream: ``stream_fingerprint`` of the evaluated stream; pairs runs for statistics.
     """
@@ -90,6 +90,7 @@ class MethodResult:
     layers_per_edit: float | None = None
     passes_per_edit: float | None = None
     seconds_per_edit: float | None = None
+    processor_seconds_per_edit: float | None = None
     train_seconds: float | None = None
     train_edits: int | None = None
     amortised_seconds_per_edit: float | None = None
@@ -136,6 +137,7 @@ _ROW_NUMBERS = (
     "perplexity_before",
     "perplexity_after",
     "train_seconds",
+    "processor_seconds_per_edit",
     "amortised_seconds_per_edit",
     "peak_memory_mb",
 )
