@@ -157,8 +157,21 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
         shares = (stream.train_share, 1 - stream.train_share)
         train, held = splits(records, shares, stream.seed)
     chosen = EditStream(held, stream).requests
-    preserve = tuple((p.prompt, p.answer) for r in train for p in r.locality if p.answer)
+    preserve = knowledge_in(train, chosen)
     return Data(tuple(train), chosen, preserve, skipped)
+
+
+def knowledge_in(
+    train: Sequence[EditRequest], stream: Sequence[EditRequest]
+) -> tuple[tuple[str, str], ...]:
+    """What the records of ``train`` say of things as they are, as (prompt, answer): their unrelated
+    prompts, then what their own prompts had for an answer. Nothing that ``stream`` asks is among
+    it: what is measured must not have been protected by name."""
+    asked = {p for r in stream for p in (r.prompt, *r.paraphrases, *r.heldout)}
+    asked |= {place.prompt for r in stream for place in r.locality}
+    near = [(p.prompt, p.answer) for r in train for p in r.locality if p.answer]
+    own = [(r.prompt, r.old_target) for r in train if r.old_target]
+    return tuple({p: answer for p, answer in (*near, *own) if p not in asked}.items())
 
 
 def _records(path: Path, dataset: DatasetConfig) -> tuple[tuple[EditRequest, ...], int]:
@@ -221,7 +234,11 @@ def train_method(
     and resumes ``checkpoints``."""
     hooks.stage("prepare")
     requests = training_requests(backbone, data, method, train, seed)
-    parts = build_method(backbone, method, requests, data.preserve, seed)
+    preserve = data.preserve
+    if method.objective.kind != "none":  # what is edited in training must not be kept as it is
+        edited = {r.prompt for r in requests}
+        preserve = tuple(pair for pair in preserve if pair[0] not in edited)
+    parts = build_method(backbone, method, requests, preserve, seed)
     if not (parts.learned and train.edits):
         return parts, []
     hooks.stage("start" if trainer else "train")

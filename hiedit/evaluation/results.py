@@ -68,7 +68,8 @@ class MethodResult:
     weight_growth: relative growth of the Frobenius norm, by module (0.01 is one percent).
     layer_frequency: share of edits that touched the module, by module, in the model's order.
     seconds_per_edit: editing alone; processor_seconds_per_edit: the same, of all cores together.
-    amortised_seconds_per_edit: with training divided over the stream. train_seconds, train_edits: what training the editor took. peak_memory_mb: MiB.
+    amortised_seconds_per_edit: with training divided over the stream. train_seconds,
+        train_edits: what training the editor took. peak_memory_mb: MiB.
     rejected: edits that the guard kept out, None where it was off.
     stream: ``stream_fingerprint`` of the evaluated stream; pairs runs for statistics.
     """
