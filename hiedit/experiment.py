@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.types import EditRequest
 from hiedit.world import split_facts, world_requests, world_stream
 from hiedit.world.preserve import preservation_pairs
+
+KNOWN = "known"  # a dataset that a run makes by asking its model, see hiedit/known.py
+PRESERVE = "preserve.json"  # beside train.json and stream.json: knowledge to protect
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,11 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
     """
     if dataset.path == WORLD:
         return _world_data(stream, seed)
+    if dataset.path == KNOWN:
+        raise ValueError(
+            "dataset.path='known': the model is asked by a run in one process or on Ray with whole "
+            "replicas; its RUN_DIR/known is then a dataset.path for any other"
+        )
     path = Path(dataset.path)
     skipped = 0
     if path.is_dir() or dataset.stream_path:
@@ -157,7 +166,8 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
         shares = (stream.train_share, 1 - stream.train_share)
         train, held = splits(records, shares, stream.seed)
     chosen = EditStream(held, stream).requests
-    preserve = knowledge_in(train, chosen)
+    own = _kept(path / PRESERVE) if (path / PRESERVE).is_file() else ()
+    preserve = own or knowledge_in(train, chosen)
     return Data(tuple(train), chosen, preserve, skipped)
 
 
@@ -172,6 +182,14 @@ def knowledge_in(
     near = [(p.prompt, p.answer) for r in train for p in r.locality if p.answer]
     own = [(r.prompt, r.old_target) for r in train if r.old_target]
     return tuple({p: answer for p, answer in (*near, *own) if p not in asked}.items())
+
+
+def _kept(path: Path) -> tuple[tuple[str, str], ...]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return tuple((str(prompt), str(answer)) for prompt, answer in rows)
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: it must be a list of [prompt, answer] pairs") from None
 
 
 def _records(path: Path, dataset: DatasetConfig) -> tuple[tuple[EditRequest, ...], int]:

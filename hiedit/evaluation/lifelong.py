@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hiedit.config import EvaluateConfig
 from hiedit.data.passages import neutral_texts
-from hiedit.evaluation.examples import Examples
+from hiedit.evaluation.examples import Everyday, Examples
 from hiedit.evaluation.perplexity import perplexity
 from hiedit.evaluation.results import (
     CurvePoint,
@@ -48,6 +48,7 @@ def run_stream(
     total = len(requests)
     rollout.reset()
     examples = Examples(probe, config.examples)
+    everyday = Everyday(probe.backbone, config.everyday)
     marks = sorted({max(1, round(total * (i + 1) / config.points)) for i in range(config.points)})
     texts = neutral_texts(config.neutral)
     read_before = perplexity(probe.backbone, texts)
@@ -97,6 +98,7 @@ def run_stream(
         peak_memory_mb=peak_memory_mb(),
         layer_frequency=dict(zip(names, touched.mean(0).tolist(), strict=True)),
         examples=examples.found(),
+        everyday=everyday.found(),
         stream=stream_fingerprint(requests),
     )
 

@@ -56,6 +56,15 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What the model goes on with after an everyday prompt, before and after the whole stream."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class MethodResult:
     """One method on one stream with one seed.
 
@@ -70,7 +79,8 @@ class MethodResult:
     seconds_per_edit: editing alone; processor_seconds_per_edit: the same, of all cores together.
     amortised_seconds_per_edit: with training divided over the stream. train_seconds,
         train_edits: what training the editor took. peak_memory_mb: MiB.
-    rejected: edits that the guard kept out, None where it was off.
+    rejected: edits that the guard kept out, None where it was off. everyday: what the model says
+        to prompts that have nothing to do with the edits.
     stream: ``stream_fingerprint`` of the evaluated stream; pairs runs for statistics.
     """
 
@@ -101,6 +111,7 @@ class MethodResult:
     stream: str | None = None
     rejected: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    everyday: tuple[Said, ...] = ()
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -187,6 +198,7 @@ def from_plain(data: Mapping[str, Any]) -> MethodResult:
     values["curve"] = tuple(CurvePoint(p["edits"], Scores(**p["scores"])) for p in points)
     values["by_age"] = tuple((age, Scores(**s)) for age, s in values.get("by_age", ()))
     values["examples"] = tuple(Example(**e) for e in values.get("examples", ()))
+    values["everyday"] = tuple(Said(**e) for e in values.get("everyday", ()))
     try:
         return MethodResult(**values)
     except TypeError as error:
