@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.data.subjects import subject_span
+from hiedit.data.subjects import find_subject, spans_of
 from hiedit.data.tokens import Span, encode, encode_prompts
 from hiedit.types import EditBatch, EditRequest, TokenBatch
 
@@ -58,14 +58,13 @@ class EditSequences:
         owner: list[int] = []
         spans: list[Span | None] = []
         for edit, request in enumerate(batch.requests):
-            for prompt in self.prompts(request):
-                pairs.append((prompt, request.target))
-                owner.append(edit)
-                spans.append(subject_span(prompt, request.subject) if self.subject else None)
-        for number, pair in enumerate(asked):
-            pairs.append(pair)
-            owner.append(len(batch) + number)
-            spans.append(subject_span(pair[0], None) if self.subject else None)
+            prompts = self.prompts(request)
+            pairs += [(prompt, request.target) for prompt in prompts]
+            owner += [edit] * len(prompts)
+            spans += spans_of(request, prompts)
+        pairs += asked
+        owner += range(len(batch), len(batch) + len(asked))
+        spans += [find_subject(prompt) for prompt, _ in asked]
         subjects = spans if self.subject else None
         return encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
 
