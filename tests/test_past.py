@@ -32,7 +32,7 @@ LAST = ["model.layers.{2-3}.mlp.down_proj"]
 # at the first.
 PLACES = (4, None, 1, 0)
 PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
-OSLO = EditRequest("In old Oslo one", "eats", subject="Oslo")
+OSLO = EditRequest("In old Oslo one", "x", subject="Oslo")
 
 architectures = pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -68,9 +68,8 @@ def probes(backbone, batch, shifts):
     assert past is not None and len(past.memory) == 4 - backbone.prefix.depth
     with backbone.shifted(shifts), backbone.capture() as (inputs, _):
         backbone.answers(batch, past)
-        rows = {x.shape[1] for x in inputs.values()}
-        kept = (past.batch.labels != -100).sum()
-        assert rows <= {int((batch.attention.bool() & ~before(batch)).sum()), int(kept)}
+        assert {x.shape[1] for x in inputs.values()} == {int(past.rest.attention.sum())}
+        assert torch.equal(past.rest.attention.bool(), batch.attention.bool() & ~before(batch))
     with backbone.shifted(shifts):
         return Probe(backbone, batch, 3, "subject", past), Probe(backbone, batch, 3, "subject")
 
@@ -117,12 +116,10 @@ def test_a_probe_is_that_of_the_whole_prompts(architecture, side, modules, kept,
     assert_equal_probes(*probes(backbone, batch, {}))
     shifts = blind_shifts(backbone, batch)
     assert_equal_probes(*probes(backbone, batch, shifts))
+    plain = backbone.answers(batch).logits
     with backbone.shifted(shifts):
-        moved = (
-            backbone.answers(batch).logits - Backbone(model, None, modules).answers(batch).logits
-        )
+        assert (backbone.answers(batch).logits - plain).abs().max() > 0.01
     assert hooks(model) == count and model.config._attn_implementation == "sdpa"
-    assert moved.abs().max() == 0  # both saw the shifts, which hang on the model's own modules
 
 
 @sides
@@ -130,6 +127,7 @@ def test_rows_that_begin_with_the_edited_token_see_every_shift(side, backend):
     """Shifts that act on earlier tokens too are seen where there are none."""
     backbone = Backbone(tiny_model("llama", **SIZE), None, MIDDLE)
     batch = placed(side)
+    torch.manual_seed(0)
     shifts = {
         name: Shift(torch.randn(2, m.in_features), 0.1 * torch.randn(m.out_features, 2))
         for name, m in backbone.modules.items()
@@ -139,7 +137,7 @@ def test_rows_that_begin_with_the_edited_token_see_every_shift(side, backend):
         part, whole = backbone.answers(batch, past), backbone.answers(batch)
     assert torch.equal(part.row, whole.row) and torch.equal(part.target, whole.target)
     wrong = (part.logits - whole.logits).abs().amax(-1)
-    assert wrong[part.row == 3].max() < 1e-4 < wrong[part.row == 0].max()
+    assert wrong[part.row == 3].max() < 1e-3 < wrong[part.row == 0].max()
 
 
 def test_it_is_none_where_it_would_not_be_right():
@@ -181,10 +179,10 @@ def config(**passes):
 
 @pytest.fixture(scope="module")
 def sure():
-    made = {name: tiny_model(name, num_hidden_layers=2) for name in ("llama", "gpt2")}
+    made = {name: tiny_model(name, num_hidden_layers=3) for name in ("llama", "gpt2")}
     with torch.no_grad():
-        made["llama"].lm_head.weight.mul_(6)  # so that it can be sure of something
-        made["gpt2"].lm_head.weight.mul_(6)
+        for model in made.values():
+            model.get_output_embeddings().weight.mul_(4)  # so that it can be sure of something
     return made
 
 
@@ -194,7 +192,7 @@ def edit(sure, monkeypatch):
 
     def run(architecture="llama", on_pass=None, doubts=0, **passes):
         model = copy.deepcopy(sure[architecture])
-        names = "*.mlp.c_proj" if architecture == "gpt2" else "model.layers.{0-1}.mlp.down_proj"
+        names = "*.mlp.c_proj" if architecture == "gpt2" else "*.mlp.down_proj"
         backbone = Backbone(model, tiny_tokenizer(), names)
         rollout = build_method(backbone, config(**passes), preserve=PRESERVE).rollout
         seen, probe, confirmed = [], rollout.env.probe, rollout._confirmed
@@ -236,8 +234,7 @@ def test_an_edit_at_the_subject_holds_on_its_whole_prompt(edit, architecture, ba
     assert outcome.held and outcome.passes >= 2 and holds(rollout) > 0.7
     rollout.commit(outcome)
     assert holds(rollout) > 0.7
-    (after, *_) = [rollout.propose(EditBatch((OSLO,)))]
-    assert after.passes == 0 or after.held  # contexts may ask for more
+    assert rollout.propose(EditBatch((OSLO,))).passes == 0
 
 
 def test_an_edit_that_does_not_hold_goes_on_with_whole_prompts(edit):

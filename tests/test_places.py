@@ -6,6 +6,7 @@ import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
 from test_tokens import BUILD, Letters, _hand_made, text_of
+from tokenizers import decoders
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.signals import edit_tokens
@@ -42,7 +43,9 @@ PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue"
 
 @pytest.fixture(scope="module")
 def backbone():
-    return Backbone(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), MODULES)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # letters to words
+    return Backbone(tiny_model("llama", num_hidden_layers=2), tokenizer, MODULES)
 
 
 def config(**updater) -> MethodConfig:
@@ -64,16 +67,16 @@ def test_the_column_is_the_subjects_last_token(name, side):
         column = int(batch.subject[row])
         assert batch.attention[row, column] and (batch.labels[row, : column + 1] == IGNORE).all()
         ids = batch.ids[row].masked_fill(batch.attention[row] == 0, tokenizer.bos_token_id)
+        if "<unk>" in text_of(tokenizer, ids):
+            continue
         upto, before = (
             tokenizer.decode(
                 ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             for end in (column + 1, column)
         )
-        if tokenizer.unk_token_id not in ids.tolist():
-            whole = prompt[: SPANS[row][1]].replace(" ", "")
-            assert whole in upto.replace(" ", ""), subject
-            assert whole not in before.replace(" ", ""), subject
+        whole = prompt[: SPANS[row][1]].replace(" ", "")
+        assert whole in upto.replace(" ", "") and whole not in before.replace(" ", ""), subject
 
 
 def test_the_first_column_without_anything_in_front():
@@ -150,7 +153,7 @@ def test_whose_sequences_they_are(backbone):
     batch = sequences.encode(EditBatch((OSLO, BONN)), asked)
     assert batch.edit.tolist() == [0] * 4 + [1] * 4 + [2, 3]
     said = [
-        backbone.tokenizer.decode(ids[:column], skip_special_tokens=True).split("?")[0]
+        backbone.tokenizer.decode(ids[:column], skip_special_tokens=True)
         for ids, column in zip(batch.ids, (batch.subject + 1).tolist(), strict=True)
     ]
     # The request names Oslo; Bonn is found where it looks like a name, Lima too.

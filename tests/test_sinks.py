@@ -69,7 +69,7 @@ def keys_of(backbone, pairs=PRESERVE, name=SUNK):
 
 
 def method(backbone, **updater):
-    values = {"tokens": "subject", "preserve_tokens": "all", "eta": 0.3, "lam": 0.02, **updater}
+    values = {"tokens": "answer", "preserve_tokens": "all", "eta": 0.3, "lam": 0.02, **updater}
     passes = {"max": 20, "target_probability": 0.8}
     config = from_mapping(MethodConfig, {"updater": values, "passes": passes})
     return build_method(backbone, config, preserve=PRESERVE)
@@ -147,12 +147,14 @@ def test_a_typical_output_is_an_ordinary_one(backbone):
 
 def edited(backbone, made, request=OSLO):
     """(the shift of the sunk module [O, I], KL on other prompts); the edit is then committed."""
-    (batch,) = batches(backbone, OTHERS)
+    (batch,) = batches(backbone, [*PRESERVE, *OTHERS])
     before = backbone.answers(batch).logits.log_softmax(-1)
     outcome = made.rollout.propose(EditBatch((request,)))
     assert outcome.held
     with torch.no_grad():
-        kl = float(answer_kl(made.rollout.env.answers(batch), before).mean())
+        kl = answer_kl(made.rollout.env.answers(batch), before)
+        print(request.prompt, outcome.passes, outcome.confidence, kl)
+        kl = float(kl.mean())
     made.rollout.commit(outcome)
     return outcome.shifts[SUNK].dense(), kl
 
@@ -160,7 +162,7 @@ def edited(backbone, made, request=OSLO):
 def test_an_edit_leaves_the_sink_exactly_as_it_is(backbone):
     sinks, others = keys_of(backbone)
     made = method(backbone)
-    assert left_of(made, sinks) < 1e-5 < 0.01 < left_of(made, others)
+    assert left_of(made, sinks) < 1e-5 and left_of(made, others) > 100 * left_of(made, sinks)
     weight = backbone.model.get_submodule(SUNK).weight
     base, before = weight.clone(), sinks @ weight.T
     for request in (OSLO, BONN):
@@ -168,7 +170,7 @@ def test_an_edit_leaves_the_sink_exactly_as_it_is(backbone):
         assert (sinks @ shift.T).norm() < 1e-5 * shift.norm() * sinks.norm()
         assert left_of(made, sinks) < 1e-5  # absorbed keys take nothing of that back
     assert not torch.equal(weight, base)
-    assert_close(sinks @ weight.T, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    assert_close(sinks @ weight.T, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
 
 
 def test_a_protection_that_drowns_in_the_sink_protects_nothing_else(planted, monkeypatch):
@@ -226,7 +228,10 @@ def test_a_state_brings_its_sinks_or_takes_them_away():
     basis = torch.eye(4)[None, :1].repeat(2, 1, 1)
     basis[1] = 0.0  # this module has none
     one.fit(torch.eye(4).repeat(2, 1, 1), torch.ones(2), sinks=basis)
-    assert (one.precision[0, 0] == 0).all() and (one.precision[0, 1:, 1:].diagonal() > 0.9).all()
+    assert (
+        one.precision[0, 0].abs().max() < 1e-12
+        and (one.precision[0, 1:, 1:].diagonal() > 0.9).all()
+    )
     assert (one.precision[1].diagonal() > 0.9).all()
     state, bare = one.state_dict(), other.state_dict()
     other.load_state_dict(state)

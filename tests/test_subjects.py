@@ -91,6 +91,21 @@ def test_every_prompt_of_a_request_has_its_own_place():
     assert spans_of(request, prompts) == [(15, 21), (0, 6), None]
 
 
+def test_a_text_before_the_prompt_does_not_distract():
+    """Contexts name things too, and longer ones; a phrasing names what the prompt names."""
+    for subject in (None, "france"):
+        request = EditRequest("The capital of France is", "Lyon", subject=subject)
+        prompts = [
+            "University of Southern California. The capital of France is",
+            "John Fitzgerald Kennedy once said. In France the capital is",
+        ]
+        spans = spans_of(request, prompts)
+        assert [p[slice(*s)] for p, s in zip(prompts, spans, strict=True)] == ["France", "France"]
+        assert find_subject(prompts[0]) == (0, 33)
+    nobody = EditRequest("the capital is", "Lyon")
+    assert spans_of(nobody, ["In Rome. the capital is", "of Rome it is"]) == [None, (3, 7)]
+
+
 @pytest.mark.parametrize(("name", "share"), [("counterfact", 0.96), ("zsre", 0.94)])
 def test_real_prompts(data_dir, name, share):
     """How often the span that is found ends where the subject of the record does."""

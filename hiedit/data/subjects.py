@@ -9,6 +9,7 @@ and sentences never do. A language without capitals gives nothing, and then noth
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from hiedit.data.tokens import Span
 from hiedit.types import EditRequest
@@ -43,19 +44,34 @@ def find_subject(prompt: str) -> Span | None:
 def subject_span(prompt: str, subject: str | None) -> Span | None:
     """Where ``subject`` stands in ``prompt``, the last time; ``find_subject`` where it is not known
     or not there."""
-    if subject:
-        at = prompt.rfind(subject)
-        if at >= 0:
-            return at, at + len(subject)
-        loosely = [m.span() for m in re.finditer(re.escape(subject), prompt, re.IGNORECASE)]
-        if loosely:
-            return loosely[-1]
-    return find_subject(prompt)
+    return _named(prompt, subject) or find_subject(prompt)
 
 
-def spans_of(request: EditRequest, prompts: list[str]) -> list[Span | None]:
-    """``subject_span`` in each of ``prompts``, which are about ``request``."""
-    return [subject_span(prompt, request.subject) for prompt in prompts]
+def spans_of(request: EditRequest, prompts: Sequence[str]) -> list[Span | None]:
+    """Where each of ``prompts`` names what ``request`` is about. Found once, in its own prompt: a
+    text before it may hold longer names, and other phrasings mostly name the same."""
+    own = subject_span(request.prompt, request.subject)
+    said = request.prompt[slice(*own)] if own else None
+    found: list[Span | None] = []
+    for prompt in prompts:
+        if prompt.endswith(request.prompt):
+            ahead = len(prompt) - len(request.prompt)
+            found.append((own[0] + ahead, own[1] + ahead) if own else None)
+        else:
+            named = _named(prompt, request.subject) or _named(prompt, said)
+            found.append(named or find_subject(prompt))
+    return found
+
+
+def _named(prompt: str, subject: str | None) -> Span | None:
+    """Where ``subject`` stands in ``prompt``, the last time, by its letters or at least loosely."""
+    if not subject:
+        return None
+    at = prompt.rfind(subject)
+    if at >= 0:
+        return at, at + len(subject)
+    loosely = [m.span() for m in re.finditer(re.escape(subject), prompt, re.IGNORECASE)]
+    return loosely[-1] if loosely else None
 
 
 def _runs(prompt: str) -> list[Span]:

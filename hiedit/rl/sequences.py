@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.data.subjects import subject_span
+from hiedit.data.subjects import find_subject, spans_of
 from hiedit.data.tokens import Span, encode, encode_prompts
 from hiedit.types import IGNORE, EditBatch, EditRequest, TokenBatch
 
@@ -63,26 +63,24 @@ class EditSequences:
         spans: list[Span | None] = []
         mute: list[int] = []  # sequences without an answer
         for edit, request in enumerate(batch.requests):
-            for prompt in self.prompts(request):
-                pairs.append((prompt, request.target))
-                owner.append(edit)
-                spans.append(subject_span(prompt, request.subject) if self.subject else None)
+            prompts = self.prompts(request)
+            pairs += [(prompt, request.target) for prompt in prompts]
+            spans += spans_of(request, prompts)
             for prompt, span in self._alone(request):
                 mute.append(len(pairs))
                 pairs.append((prompt, request.target))
-                owner.append(edit)
                 spans.append(span)
-        for number, pair in enumerate(asked):
-            pairs.append(pair)
-            owner.append(len(batch) + number)
-            spans.append(subject_span(pair[0], None) if self.subject else None)
+            owner += [edit] * (len(pairs) - len(owner))
+        pairs += asked
+        owner += range(len(batch), len(batch) + len(asked))
+        spans += [find_subject(prompt) for prompt, _ in asked]
         subjects = spans if self.subject else None
         batch = encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
         return _cut(batch, mute) if mute else batch
 
     def _alone(self, request: EditRequest) -> list[tuple[str, Span]]:
         """The subject behind every context, and where it stands there."""
-        span = subject_span(request.prompt, request.subject) if self.alone else None
+        (span,) = spans_of(request, [request.prompt]) if self.alone else (None,)
         if span is None:
             return []
         name = request.prompt[slice(*span)]
