@@ -44,7 +44,7 @@ def planted():
             layer.mlp.down_proj.weight[0] = 0.0
         mlp = inner.layers[1].mlp
         for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[:2, 0] = 10.0
+            projection.weight[:2, 0] = 16.0
         model.lm_head.weight.mul_(4)  # so that it can be sure of something
     return model
 
