@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
 from test_tokens import BUILD, Letters, _hand_made, text_of
-from tokenizers import decoders
+from tokenizers import decoders, processors
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.signals import edit_tokens
@@ -263,3 +265,14 @@ def test_contexts_travel_to_workers(backbone):
     assert contexts_in(pack(editor_tensors(made))) == made.rollout.contexts != ()
     made.rollout.contexts = ()
     assert contexts_in(pack(editor_tensors(made))) == ()
+
+
+def test_a_subject_that_is_the_first_token_is_not_edited(backbone):
+    """The first token is a sink in most models; here nothing is put in front of it."""
+    bare = copy.copy(backbone.tokenizer)
+    bare._tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    sequences = EditSequences(bare, ("I am.",), subject=True)
+    batch = sequences.encode(EditBatch((EditRequest("X is", "ab", subject="X"),)))
+    assert batch.subject.tolist()[0] == -1 and batch.subject.tolist()[1] > 0
+    where = edit_tokens(batch, "subject")
+    assert torch.equal(where[0], edit_tokens(batch, "answer")[0]) and where[1].sum() == 1

@@ -76,7 +76,7 @@ class EditSequences:
         spans += [find_subject(prompt) for prompt, _ in asked]
         subjects = spans if self.subject else None
         batch = encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
-        return _cut(batch, mute) if mute else batch
+        return _cut(_inside(batch), mute) if mute else _inside(batch)
 
     def _alone(self, request: EditRequest) -> list[tuple[str, Span]]:
         """The subject behind every context, and where it stands there."""
@@ -85,6 +85,16 @@ class EditSequences:
             return []
         name = request.prompt[slice(*span)]
         return [(f"{t} {name}", (len(t) + 1, len(t) + 1 + len(name))) for t in self.contexts]
+
+
+def _inside(batch: TokenBatch) -> TokenBatch:
+    """``batch`` without the subjects that are a sequence's first token: that is mostly a sink,
+    whatever it says, so no edit may act on it (``edit_tokens`` then takes the answer's)."""
+    if batch.subject is None:
+        return batch
+    first = (batch.attention.cumsum(-1) == 0).sum(-1)  # columns of padding on the left
+    kept = batch.subject.masked_fill(batch.subject <= first, -1)
+    return dataclasses.replace(batch, subject=kept)
 
 
 def _cut(batch: TokenBatch, rows: list[int]) -> TokenBatch:
