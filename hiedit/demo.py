@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 REAL = "smollm2-135m"
 REAL_METHODS = ("no-edit", "ultraedit", "closed-form", "hiedit-real")
-REAL_EDITS, REAL_TRAIN = 60, 24
+REAL_EDITS, REAL_TRAIN = 50, 20
 WORLD_METHODS = ("no-edit", "ultraedit", "static", "rledit", "random", "hiedit")
 WORLD_EDITS, WORLD_TRAIN = 200, 100
 POINTS = 3  # moments of the stream at which everything is asked; asking takes longer than editing

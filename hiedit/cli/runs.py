@@ -33,7 +33,7 @@ def demo(
         str, typer.Option(help="another real model: directory, FILE.gguf, or hub name")
     ] = REAL,
     edits: Annotated[
-        int | None, typer.Option(help="length of the held-out stream (default: 60; world: 200)")
+        int | None, typer.Option(help=f"length of the held-out stream (default: {REAL_EDITS}; world: {WORLD_EDITS})")
     ] = None,
     methods: Annotated[
         str | None,
@@ -44,7 +44,7 @@ def demo(
     ] = None,
     train: Annotated[
         int | None,
-        typer.Option(help="training edits of each learned method (default: 24; world: 100)"),
+        typer.Option(help=f"training edits of each learned method (default: {REAL_TRAIN}; world: {WORLD_TRAIN})"),
     ] = None,
     seed: Annotated[int, typer.Option(help="of training, stream and masks")] = 0,
     run_dir: Annotated[
@@ -58,7 +58,7 @@ def demo(
     jobs: Annotated[int, typer.Option(help="methods at a time (0: one per core, at most 4)")] = 0,
     tracking: Annotated[str, typer.Option(help="auto, mlflow or off")] = "auto",
 ) -> None:
-    """Edit SmolLM2-135M 60 times, fact after fact, with several methods, and show the table.
+    """Edit SmolLM2-135M 50 times, fact after fact, with several methods, and show the table.
 
     The model is asked first what it knows; the edits make other answers of that. One method is
     trained on edits of other subjects before. Nothing is downloaded: `make setup` brought the
