@@ -33,7 +33,10 @@ def demo(
         str, typer.Option(help="another real model: directory, FILE.gguf, or hub name")
     ] = REAL,
     edits: Annotated[
-        int | None, typer.Option(help=f"length of the held-out stream (default: {REAL_EDITS}; world: {WORLD_EDITS})")
+        int | None,
+        typer.Option(
+            help=f"length of the held-out stream (default: {REAL_EDITS}; world: {WORLD_EDITS})"
+        ),
     ] = None,
     methods: Annotated[
         str | None,
@@ -44,7 +47,9 @@ def demo(
     ] = None,
     train: Annotated[
         int | None,
-        typer.Option(help=f"training edits of each learned method (default: {REAL_TRAIN}; world: {WORLD_TRAIN})"),
+        typer.Option(
+            help=f"training edits of a learned method (default: {REAL_TRAIN}; world: {WORLD_TRAIN})"
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="of training, stream and masks")] = 0,
     run_dir: Annotated[
