@@ -48,7 +48,7 @@ def demo(
     train: Annotated[
         int | None,
         typer.Option(
-            help=f"training edits of learned methods (default: {REAL_TRAIN}; world: {WORLD_TRAIN})"
+            help=f"training edits of a learned method (default: {REAL_TRAIN}; world: {WORLD_TRAIN})"
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="of training, stream and masks")] = 0,
