@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
@@ -18,8 +17,11 @@ from hiedit.backbone.model import Backbone
 from hiedit.backbone.signals import Probe, edit_tokens
 from hiedit.config import MethodConfig, from_mapping
 from hiedit.data.tokens import encode
+from hiedit.experiment import load_backbone
 from hiedit.methods import build_method
+from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest, Shift
+from hiedit.world.preserve import preservation_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,8 +33,11 @@ LAST = ["model.layers.{2-3}.mlp.down_proj"]
 # Of random_sequences(): inside, nowhere (then where the answer is predicted), at the second token,
 # at the first.
 PLACES = (4, None, 1, 0)
-PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
-OSLO = EditRequest("In old Oslo one", "x", subject="Oslo")
+NAMIBIA = EditRequest(
+    "On the map, Namibia is found in", "South America", subject="Namibia", old_target="Africa"
+)
+NIGER = EditRequest("On a globe, Niger lies on the continent of", "Asia", subject="Niger")
+SURE = 0.004  # hundreds of times what the world's model thinks of it
 
 architectures = pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -171,85 +176,102 @@ def test_it_is_none_where_parameters_are_sharded():
 # ---- edits
 
 
-def config(**passes):
-    values = {"max": 30, "target_probability": 0.7, **passes}
-    updater = {"tokens": "subject", "contexts": 2, "preserve_tokens": "all", "eta": 0.3}
-    return from_mapping(MethodConfig, {"updater": updater, "passes": values})
+def method(backbone, preserve, **passes):
+    values = {"max": 25, "target_probability": SURE, **passes}
+    updater = {"tokens": "subject", "contexts": 2, "preserve_tokens": "all", "eta": 0.5}
+    config = from_mapping(MethodConfig, {"updater": updater, "passes": values})
+    return build_method(backbone, config, preserve=preserve).rollout
 
 
-@pytest.fixture(scope="module")
-def sure():
-    made = {name: tiny_model(name, num_hidden_layers=3) for name in ("llama", "gpt2")}
-    with torch.no_grad():
-        for model in made.values():
-            model.get_output_embeddings().weight.mul_(4)  # so that it can be sure of something
-    return made
-
-
-@pytest.fixture
-def edit(sure, monkeypatch):
-    """Edits a copy of a model; returns (outcome, rollout, the past of every probe)."""
-
-    def run(architecture="llama", on_pass=None, doubts=0, **passes):
-        model = copy.deepcopy(sure[architecture])
-        names = "*.mlp.c_proj" if architecture == "gpt2" else "*.mlp.down_proj"
-        backbone = Backbone(model, tiny_tokenizer(), names)
-        rollout = build_method(backbone, config(**passes), preserve=PRESERVE).rollout
-        seen, probe, confirmed = [], rollout.env.probe, rollout._confirmed
-        left = [doubts]
-
-        def spy(batch, edits, tokens, past=None):
-            seen.append(past)
-            return probe(batch, edits, tokens, past)
-
-        def doubt(tokens, target):
-            left[0] -= 1
-            return confirmed(tokens, target) if left[0] < 0 else False
-
-        monkeypatch.setattr(rollout.env, "probe", spy)
-        monkeypatch.setattr(rollout, "_confirmed", doubt)
-        given = None
-        if on_pass:
-
-            def given(signals, action):
-                with torch.no_grad():
-                    return rollout.updater(signals, action.mask)
-
-        return rollout.propose(EditBatch((OSLO,)), given), rollout, seen
-
-    return run
-
-
-def holds(rollout) -> float:
+def confidence(rollout) -> float:
+    """Of the whole prompt alone."""
     backbone = rollout.env.backbone
-    batch = encode(backbone.tokenizer, [(OSLO.prompt, OSLO.target)], padding_side="left")
+    batch = encode(backbone.tokenizer, [(NAMIBIA.prompt, NAMIBIA.target)], padding_side="left")
     with torch.no_grad():
         return float(answer_confidence(rollout.env.answers(batch)))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_edit_at_the_subject_holds_on_its_whole_prompt(edit, architecture, backend):
-    outcome, rollout, seen = edit(architecture)
-    assert all((past is None) == (architecture == "gpt2") for past in seen[:2])
-    assert outcome.held and outcome.passes >= 2 and holds(rollout) > 0.7
-    rollout.commit(outcome)
-    assert holds(rollout) > 0.7
-    assert rollout.propose(EditBatch((OSLO,))).passes == 0
-
-
-def test_an_edit_that_does_not_hold_goes_on_with_whole_prompts(edit):
-    outcome, rollout, seen = edit(doubts=1)
-    assert seen[0] is not None and seen[-1] is None
-    assert outcome.held and holds(rollout) > 0.7
-    assert float(outcome.confidence) == pytest.approx(
-        float(
-            rollout.env.probe(
-                rollout._encode(EditBatch((OSLO,)), [], True), 1, "subject"
-            ).confidence
-        )
+@pytest.fixture
+def editing(monkeypatch):
+    """A rollout on the embedded world, and the past that every probe has seen."""
+    places = ModelConfig(
+        modules=["model.layers.{1-4}.mlp.down_proj"], dtype="float32", device="cpu"
     )
+    rollout = method(load_backbone(places), preservation_pairs()[0][:32])
+    seen, probe = [], rollout.env.probe
+
+    def spy(batch, edits, tokens, past=None):
+        seen.append(past)
+        return probe(batch, edits, tokens, past)
+
+    monkeypatch.setattr(rollout.env, "probe", spy)
+    return rollout, seen
 
 
-def test_training_sees_whole_prompts(edit):
-    _, _, seen = edit(on_pass=True, max=2)
+def test_an_edit_at_the_subject_holds_on_its_whole_prompt(backend, editing):
+    rollout, seen = editing
+    assert confidence(rollout) < SURE / 10
+    outcome = rollout.propose(EditBatch((NAMIBIA,)))
+    assert outcome.held and outcome.passes >= 2 and seen[0] is not None
+    assert confidence(rollout) > SURE
+    rollout.commit(outcome)
+    assert confidence(rollout) > SURE
+
+
+def test_what_does_not_hold_on_the_whole_prompt_goes_on_with_that(editing, monkeypatch):
+    rollout, seen = editing
+    asked, confirmed = [], rollout._confirmed
+
+    def doubtful(tokens, target):
+        asked.append(confirmed(tokens, target))
+        return False
+
+    monkeypatch.setattr(rollout, "_confirmed", doubtful)
+    outcome = rollout.propose(EditBatch((NAMIBIA,)))
+    assert len(asked) == 1  # from then on every probe is of the whole prompts
+    known = [past is not None for past in seen]
+    assert known == sorted(known, reverse=True) and known[0] and not known[-1]
+    assert outcome.held and confidence(rollout) >= float(outcome.confidence) > SURE
+    plain = rollout.env.probe(rollout._encode(EditBatch((NAMIBIA,)), [], True), 1, "subject")
+    assert_close(plain.confidence, outcome.confidence)
+
+
+def test_confirmation_is_of_each_edits_own_prompt(editing):
+    """With the passes on trial: on the weights as they are, nothing has to be asked."""
+    rollout, _ = editing
+    batch = EditBatch((NAMIBIA, NIGER))
+    tokens = rollout._encode(batch, [("Rome is", "Italy")], True)
+    firsts = [0, 3, 6]
+    assert tokens.edit.tolist() == [0] * 3 + [1] * 3 + [2]
+    assert rollout._confirmed(tokens, torch.ones(3))
+    rollout.env.push(blind_shifts(rollout.env.backbone, tokens))
+    with torch.no_grad():
+        sure = answer_confidence(rollout.env.answers(tokens.select(torch.tensor(firsts))))
+    assert rollout._confirmed(tokens, sure * 0.99)
+    for edit in range(3):
+        wanted = sure * 0.99
+        wanted[edit] = sure[edit] * 1.01
+        assert not rollout._confirmed(tokens, wanted)
+
+
+def test_training_sees_whole_prompts(editing):
+    rollout, seen = editing
+
+    def on_pass(signals, action):
+        with torch.no_grad():
+            return rollout.updater(signals, action.mask)
+
+    rollout.propose(EditBatch((NAMIBIA,)), on_pass)
     assert seen and not any(seen)
+
+
+def test_an_architecture_that_is_not_known_is_edited_all_the_same():
+    backbone = Backbone(tiny_model("gpt2"), tiny_tokenizer(), "*.{0-2}.mlp.c_proj")
+    pairs = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
+    rollout = method(backbone, pairs, max=3, undo=False)
+    batch = rollout._encode(EditBatch((NAMIBIA,)), [], True)
+    assert (batch.subject >= 0).all() and rollout.env.past(batch, "subject") is None
+    before = float(rollout.env.probe(batch, 1, "subject").loss)
+    outcome = rollout.propose(EditBatch((NAMIBIA,)))
+    assert outcome.passes == 3 and outcome.shifts
+    assert float(rollout.env.probe(batch, 1, "subject").loss) < before

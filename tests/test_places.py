@@ -156,10 +156,10 @@ def test_whose_sequences_they_are(backbone):
         backbone.tokenizer.decode(ids[:column], skip_special_tokens=True)
         for ids, column in zip(batch.ids, (batch.subject + 1).tolist(), strict=True)
     ]
-    # The request names Oslo; Bonn is found where it looks like a name, Lima too.
+    # The request names Oslo; Bonn is found where it looks like a name, then anywhere; Lima too.
     assert said[:6] == ["Oslo", "So be it. Oslo", "I am here. Oslo", "Oslo",
                         "Where is Bonn", "So be it. Where is Bonn"]  # fmt: skip
-    assert batch.subject[[7, 9]].tolist() == [-1, -1] and said[8] == "Lima"
+    assert said[6:] == ["I am here. Where is Bonn", "bonn", "Lima", ""] and batch.subject[9] == -1
     plain = EditSequences(backbone.tokenizer, TEXTS).encode(EditBatch((OSLO, BONN)), asked)
     assert plain.subject is None and torch.equal(plain.ids, batch.ids)
 

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SUNK = "model.layers.1.mlp.down_proj"
 NAMES = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
 PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
-OTHERS = [("The mouse", "ran"), ("a Zoo, 12", "men"), ("Who is it?", "me"), ("Why not", "go")]
 OSLO, BONN = EditRequest("Old Oslo lies", "far"), EditRequest("Bonn has", "two")
 BOS = 1  # of tiny_tokenizer, always the first token
 
@@ -44,7 +43,7 @@ def planted():
             layer.mlp.down_proj.weight[0] = 0.0
         mlp = inner.layers[1].mlp
         for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[:2, 0] = 10.0
+            projection.weight[:2, 0] = 16.0
         model.lm_head.weight.mul_(4)  # so that it can be sure of something
     return model
 
@@ -146,14 +145,12 @@ def test_the_power_of_outputs_is_that_of_ordinary_ones(backbone):
 
 def edited(backbone, made, request=OSLO):
     """(the shift of the sunk module [O, I], KL on other prompts); the edit is then committed."""
-    (batch,) = batches(backbone, [*PRESERVE, *OTHERS])
+    (batch,) = batches(backbone, PRESERVE)
     before = backbone.answers(batch).logits.log_softmax(-1)
     outcome = made.rollout.propose(EditBatch((request,)))
     assert outcome.held
     with torch.no_grad():
-        kl = answer_kl(made.rollout.env.answers(batch), before)
-        print(request.prompt, outcome.passes, outcome.confidence, kl)
-        kl = float(kl.mean())
+        kl = float(answer_kl(made.rollout.env.answers(batch), before).mean())
     made.rollout.commit(outcome)
     return outcome.shifts[SUNK].dense(), kl
 
@@ -190,8 +187,8 @@ def test_a_protection_that_drowns_in_the_sink_protects_nothing_else(planted, mon
     print(
         f"sinks moved {apart[0]:.3g} against {drowned[0]:.3g}, KL {apart[1]:.3g}, {drowned[1]:.3g}"
     )
-    assert drowned[0] > 10 * apart[0]
-    assert drowned[1] > 2 * apart[1]
+    assert drowned[0] > 100 * apart[0]
+    assert drowned[1] > 20 * apart[1]
 
 
 # ---- saved

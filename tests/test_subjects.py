@@ -38,6 +38,10 @@ PROMPTS = {
     "What position did Lionel Messi's brother play?": "Lionel Messi",
     "Which constellation does NGC 1234 belong to?": "NGC 1234",
     "Who is the director of Dr. Strangelove?": "Dr. Strangelove",
+    # sentences
+    "The town lies in Wellington. It is": "Wellington",
+    "Sammy Davis Jr. sang with": "Sammy Davis Jr.",
+    "He knew St. Petersburg. Nobody else": "St. Petersburg",
     # brackets
     "Who wrote Pride and Prejudice (1813 novel)?": "Pride and Prejudice (1813 novel)",
     "The director of Alice (1990) is": "Alice (1990)",

@@ -17,6 +17,7 @@ from hiedit.types import EditRequest
 _WORD = re.compile(r"[^\W_](?:[\w'’.&/-]*\w)?[.!'’]?|&", re.UNICODE)
 _POSSESSIVE = re.compile(r"['’]s?$")
 _CLOSES = re.compile(r"[?;:]|, (?=[a-z])")  # what ends a name before the next word
+_STOPS = re.compile(r"\w{5,}\.$")  # no abbreviation: a sentence ends here
 _QUOTED = re.compile(r"[\"“«]([^\"“”«»]{2,})[\"”»]")
 # May stand inside a name, not at its ends ("the" may begin one inside a sentence).
 _JOINS = frozenset(
@@ -88,7 +89,7 @@ def _runs(prompt: str) -> list[Span]:
         elif run and (word.group().lower() not in _JOINS or _POSSESSIVE.search(prompt, *run)):
             found.append(run)
             run = None
-        if run and _POSSESSIVE.search(prompt, *run):
+        if run and (_POSSESSIVE.search(prompt, *run) or _STOPS.search(prompt, *run)):
             found.append(run)
             run = None
         previous = word.end()
@@ -101,7 +102,8 @@ def _trimmed(prompt: str, run: Span) -> Span:
     possessive = _POSSESSIVE.search(prompt, start, end)
     if possessive:
         end = possessive.start()
-    if end == len(prompt.rstrip()) and prompt[end - 1] in ".!":
+    last = end == len(prompt.rstrip()) and prompt[end - 1] in ".!"
+    if last or _STOPS.search(prompt, start, end):
         end -= 1
     if "(" in prompt[start:end] and ")" not in prompt[start:end]:
         closed = prompt.find(")", end)
