@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SUNK = "model.layers.1.mlp.down_proj"
 NAMES = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
 PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
-OTHERS = [("The mouse", "ran"), ("a Zoo, 12", "men"), ("Who is it?", "me"), ("Why not", "go")]
 OSLO, BONN = EditRequest("Old Oslo lies", "far"), EditRequest("Bonn has", "two")
 BOS = 1  # of tiny_tokenizer, always the first token
 
@@ -147,14 +146,12 @@ def test_a_typical_output_is_an_ordinary_one(backbone):
 
 def edited(backbone, made, request=OSLO):
     """(the shift of the sunk module [O, I], KL on other prompts); the edit is then committed."""
-    (batch,) = batches(backbone, [*PRESERVE, *OTHERS])
+    (batch,) = batches(backbone, PRESERVE)
     before = backbone.answers(batch).logits.log_softmax(-1)
     outcome = made.rollout.propose(EditBatch((request,)))
     assert outcome.held
     with torch.no_grad():
-        kl = answer_kl(made.rollout.env.answers(batch), before)
-        print(request.prompt, outcome.passes, outcome.confidence, kl)
-        kl = float(kl.mean())
+        kl = float(answer_kl(made.rollout.env.answers(batch), before).mean())
     made.rollout.commit(outcome)
     return outcome.shifts[SUNK].dense(), kl
 
@@ -191,8 +188,8 @@ def test_a_protection_that_drowns_in_the_sink_protects_nothing_else(planted, mon
     print(
         f"sinks moved {apart[0]:.3g} against {drowned[0]:.3g}, KL {apart[1]:.3g}, {drowned[1]:.3g}"
     )
-    assert drowned[0] > 10 * apart[0]
-    assert drowned[1] > 2 * apart[1]
+    assert drowned[0] > 100 * apart[0]
+    assert drowned[1] > 20 * apart[1]
 
 
 # ---- saved
