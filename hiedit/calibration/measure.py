@@ -121,7 +121,7 @@ def known_first(
 ) -> tuple[list[EditRequest], int]:
     """``wanted`` of ``requests`` (fewer where there are not as many), and how many of them are of
     facts that the model knows: its greedy answer begins with ``old_target``. Those come first; at
-    most ``ASKED`` are asked. Their paraphrases are held out: a gain has to carry over."""
+    most ``ASKED`` are asked."""
     askable = [r for r in requests if r.old_target][:ASKED]
     known: list[EditRequest] = []
     for at in range(0, len(askable), BATCH):
@@ -240,7 +240,7 @@ def _one(
     rollout: Rollout, request: EditRequest, watched: Sequence[Pair]
 ) -> tuple[float, float, float]:
     """(success, passes, KL) of an edit in full, which is taken back."""
-    env = rollout.env
+    env = rollout.env  # an answer to a paraphrase has to carry over from the prompt:
     bare = dataclasses.replace(request, heldout=(*request.heldout, *request.paraphrases))
     near = [(place.prompt, place.answer) for place in request.locality if place.answer]
     try:
