@@ -6,7 +6,7 @@ model is loaded. Components take their own sub-config, never the root.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from hiedit.checks import at_least, choice
 from hiedit.checks import from_mapping as from_mapping  # what builds these from YAML
@@ -140,9 +140,12 @@ class UpdaterConfig:
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
-    before which the edit is made too. clamp: of normalised signals, in standard deviations.
+    before which the edit is made too, and, with ``subject_alone``, behind which the subject alone
+    is given the same change. ``auto`` and null leave either to the model's ``Place``.
+    clamp: of normalised signals, in standard deviations.
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
-    at the positions that predict their answers or at all up to there (``preserve_tokens``).
+    at the positions that predict their answers or at all up to there (``preserve_tokens``), and on
+    ``own_text`` texts that the model writes by itself.
     absorb_in: the modules that protect the keys of an edit once it is committed: those that it
     ``touched``, or ``all``, because later edits that shift others disturb it there.
     lr: of the hypernetwork (Adam); lr_step: of the log step sizes and log ridges.
@@ -171,14 +174,16 @@ class UpdaterConfig:
     lr_step: float = 1e-2
     phrasing: float = 0.0
     phrasing_edits: int = 200
-    contexts: int = 0
+    contexts: int | None = 0
+    own_text: int = 0
+    subject_alone: bool = False
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)
         choice("method.updater.normalise", self.normalise, ("running", "none"))
         choice("method.updater.step", self.step, ("gradient", "unit", "relative", "joint"))
-        choice("method.updater.tokens", self.tokens, ("answer", "all", "subject"))
+        choice("method.updater.tokens", self.tokens, ("answer", "all", "subject", "auto"))
         choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
         for key in ("eta", "lam", "eps"):
@@ -187,13 +192,35 @@ class UpdaterConfig:
             at_least(f"method.updater.{key}", getattr(self, key), 1)
         if self.clamp is not None:
             at_least("method.updater.clamp", self.clamp, 0, strict=True)
-        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing", "contexts"):
+        if self.contexts is not None:
+            at_least("method.updater.contexts", self.contexts, 0)
+        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing", "own_text"):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
         if self.phrasing and self.solver != "protected":
             raise ValueError(
                 f"method.updater.phrasing={self.phrasing!r}: it is part of the protection; set "
                 "method.updater.solver=protected, or phrasing to 0"
             )
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where edits act on one model, for methods that leave it to the model.
+
+    tokens, contexts: as in ``UpdaterConfig``.
+    """
+
+    tokens: str = "subject"
+    contexts: int = 5
+
+    def fill(self, config: MethodConfig) -> MethodConfig:
+        """``config`` with what it left to the model."""
+        updater = config.updater
+        tokens = self.tokens if updater.tokens == "auto" else updater.tokens
+        contexts = self.contexts if updater.contexts is None else updater.contexts
+        if (tokens, contexts) == (updater.tokens, updater.contexts):
+            return config
+        return replace(config, updater=replace(updater, tokens=tokens, contexts=contexts))
 
 
 @dataclass(frozen=True)
@@ -334,17 +361,21 @@ class TrainConfig:
 @dataclass(frozen=True)
 class EvaluateConfig:
     """Measuring: at ``points`` moments of the stream; retention looks at the earliest
-    ``retention_share`` of the edits; ``batch`` sequences a forward pass."""
+    ``retention_share`` of the edits; ``batch`` sequences a forward pass. immediate: also ask about
+    every edit once it is made. neutral: a file of texts for the perplexity; null: our own. guard:
+    keep the default bounds (null: where the model is a real one)."""
 
     points: int = 5
     retention_share: float = 0.25
     batch: int = 128
     examples: int = 3
+    immediate: bool = False
+    neutral: str | None = None
+    guard: bool | None = None
 
     def __post_init__(self):
-        at_least("evaluate.points", self.points, 1)
-        at_least("evaluate.batch", self.batch, 1)
-        at_least("evaluate.examples", self.examples, 0)
+        for key, least in (("points", 1), ("batch", 1), ("examples", 0)):
+            at_least(f"evaluate.{key}", getattr(self, key), least)
         if not 0 < self.retention_share <= 1:
             raise ValueError(
                 f"evaluate.retention_share={self.retention_share!r}: it must lie in (0, 1]"

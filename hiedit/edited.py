@@ -23,7 +23,9 @@ class Edited:
     status: ``committed``; ``skipped``, as the same edit is in effect; ``rejected``, see reasons;
     ``predicted`` by a dry run. id: in the ledger (of the earlier edit where skipped), else None.
     conflicts: ids of edits in effect with the same prompt and another answer.
-    success, kl: see ``Prediction``. layers: modules touched. passes: shifts computed.
+    success, local_kl: see ``Prediction``. layers: modules touched. passes: shifts computed.
+    kl, drift: see ``Moved``; None where nothing was watched. scale: below 1 where the edit was made
+    smaller to keep the guard's bounds.
     """
 
     request: EditRequest
@@ -36,6 +38,9 @@ class Edited:
     layers: tuple[str, ...] = ()
     passes: int = 0
     seconds: float = 0.0
+    drift: float | None = None
+    scale: float = 1.0
+    local_kl: float | None = None
 
 
 @dataclass(frozen=True)
@@ -56,10 +61,10 @@ def holding(backbone: Backbone, records: Sequence[Record]) -> Holding:
     effective = [r for r in records if r.status in (ACTIVE, FOLDED)]
     latest = list({r.request.prompt: r for r in effective}.values())
     pairs = [(i, pair) for i, r in enumerate(latest) for pair in own_prompts(r.request)]
-    exact = answered(backbone, [pair for _, pair in pairs]).exact.float()
+    given = answered(backbone, [pair for _, pair in pairs]).begins.float()
     owner = torch.tensor([i for i, _ in pairs], dtype=torch.int64)
     count = torch.bincount(owner, minlength=len(latest)).clamp(min=1)
-    now = (torch.zeros(len(latest)).index_add(0, owner, exact) / count).tolist()
+    now = (torch.zeros(len(latest)).index_add(0, owner, given) / count).tolist()
     then = [float(r.report.get("success") or 0.0) for r in latest]
     lost = tuple(r.id for r, a, b in zip(latest, then, now, strict=True) if b < a)
     size = max(1, len(latest))

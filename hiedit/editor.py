@@ -23,7 +23,7 @@ from hiedit.calibration import calibrated
 from hiedit.data.neutral import NEUTRAL
 from hiedit.edited import COMMITTED, PREDICTED, REJECTED, SKIPPED, Edited, Holding, holding
 from hiedit.experiment import WORLD, load_backbone, model_path
-from hiedit.guard import Guard, Pair, Prediction, predict
+from hiedit.guard import Guard, Pair, Prediction, Verdict, predict, settle, unusable
 from hiedit.ledger.export import ExportReport, export_adapter, save_merged
 from hiedit.ledger.ledger import Ledger
 from hiedit.ledger.offline import active_rows
@@ -44,15 +44,15 @@ from hiedit.rl.rollout import Outcome
 from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest
 from hiedit.updaters.memory import keys_to_keep, load_lifelong_state, statistics
+from hiedit.watch import Watch
 from hiedit.world.preserve import preservation_pairs
-
-WATCHED = 32  # prompts that every prediction of a KL looks at
 
 
 class Editor:
     """A model, a method and a ledger. Made by ``from_pretrained``; a context manager.
 
-    watched: (prompt, answer) pairs that no edit should change, for predictions of the KL.
+    guard: limits that every edit must keep; None: the default ones. watched: (prompt, answer) pairs
+    that no edit should change; some of their prompts are watched beside everyday ones.
     """
 
     def __init__(
@@ -63,9 +63,11 @@ class Editor:
         watched=NEUTRAL,
         open_ledger: Callable[[str | Path, DeltaState], Any] = Ledger,
     ):
-        self.guard, self.watched = guard or Guard(), tuple(watched)[:WATCHED]
+        self.guard = guard or Guard()
         self._method, self._rollout = method, method.rollout
         self._env = method.rollout.env
+        self._watch = Watch(self._env, [prompt for prompt, _ in watched])
+        self._drift: tuple[int, float] | None = None  # of the weights' version
         self._committed = False
         self.ledger = open_ledger(ledger, self._env.state)
         try:
@@ -110,7 +112,7 @@ class Editor:
                 eighth and a half of the depth).
             policy: directory of a trained editor, instead of ``method``.
             ledger: directory of the ledger.
-            guard: limits that every edit must keep.
+            guard: limits that every edit must keep; None: the default ones, see ``Guard``.
             dtype: of the weights; ``auto``: that of ``configs/model``, else the checkpoint's.
             preserve: (prompt, answer) pairs of knowledge to protect and to watch; None: facts of
                 the world for ``world``, else everyday sentences.
@@ -142,10 +144,11 @@ class Editor:
                 backbone.tokenizer = tokenizer
         else:
             backbone = Backbone(model, tokenizer, modules)
+        world = named and model_path(str(model)) == model_path(WORLD)
+        guard = guard or Guard.of(world)
         measurable = calibrate and policy is None and loader is load_backbone
         backbone, found = prepared(backbone, ledger, modules is None and measurable, str(model))
         if preserve is None:
-            world = named and model_path(str(model)) == model_path(WORLD)
             preserve = preservation_pairs()[0] if world else NEUTRAL
         if policy:
             parts = load_editor(backbone, policy, seed)
@@ -175,6 +178,13 @@ class Editor:
     @property
     def method(self) -> str:
         return self._method.config.name
+
+    @property
+    def drift(self) -> float | None:
+        """How far all edits in effect have moved the watched prompts from the base model (nats per
+        token, see ``Moved``), as last measured; None where that was not since the last change."""
+        measured = self._drift is not None and self._drift[0] == self._env.version
+        return self._drift[1] if measured else None
 
     def edit(self, requests: Iterable[EditRequest]) -> list[int]:
         """Apply the requests one after another.
@@ -278,36 +288,38 @@ class Editor:
         before = statistics(self._rollout.updater) if dry_run else None
         try:
             outcome = self._rollout.propose(EditBatch((request,)))
-            watched = self.watched if dry_run or self.guard.max_kl is not None else ()
-            found = predict(self._env, request, watched)
-            reasons = tuple(self._objections(outcome, found))
+            odd = unusable(outcome)
+            said = Verdict(outcome) if odd else self._settled(outcome)
+            local = dry_run or self.guard.max_local_kl is not None
+            found = predict(self._env, request, local)
+            reasons = tuple(odd or [*said.reasons, *self.guard.objections(found)])
             status, edit = PREDICTED, None
             if not dry_run:
                 status = REJECTED if reasons else COMMITTED
-                edit = None if reasons else self._commit(request, outcome, found)
+                edit = None if reasons else self._commit(request, said, found)
         finally:
             self._env.drop()
             if before is not None:
                 load_lifelong_state(self._rollout.updater, before)
+        moved = said.moved
         return Edited(
-            request, status, edit, reasons, conflicts, found.success, found.kl,
+            request, status, edit, reasons, conflicts, found.success, moved and moved.kl,
             tuple(outcome.shifts), outcome.passes, time.perf_counter() - start,
+            moved and moved.drift, said.scale, found.local_kl,
         )  # fmt: skip
 
-    def _objections(self, outcome: Outcome, found: Prediction) -> list[str]:
-        finite = all(
-            bool(s.A.isfinite().all()) and bool(s.B.isfinite().all())
-            for s in outcome.shifts.values()
-        )
-        if not finite or not (outcome.shifts or outcome.held):
-            return ["the method found no finite update that lowers its loss"]
-        return self.guard.objections(found)
+    def _settled(self, outcome: Outcome) -> Verdict:
+        said = settle(self._env, self._watch, self.guard, outcome)
+        if said.moved is not None:
+            self._drift = self._env.version, said.moved.before
+        return said
 
-    def _commit(self, request: EditRequest, outcome: Outcome, found: Prediction) -> int:
+    def _commit(self, request: EditRequest, said: Verdict, found: Prediction) -> int:
         """Disk first, then the weights, then what the method remembers."""
+        outcome, moved = said.outcome, said.moved
         report = {
-            "success": found.success, "kl": found.kl, "passes": outcome.passes,
-            "held": outcome.held,
+            "success": found.success, "kl": moved and moved.kl, "passes": outcome.passes,
+            "held": outcome.held, "drift": moved and moved.drift, "scale": said.scale,
         }  # fmt: skip
         kept = {}
         if outcome.signals is not None:
@@ -318,6 +330,9 @@ class Editor:
             ids.extend(self.ledger.commit([Entry(request, shifts, self.method, report, kept)]))
 
         self._rollout.commit(outcome, write)
+        if moved is not None:
+            self._watch.accept()
+            self._drift = self._env.version, moved.drift
         self._committed = True
         self._memory.committed(ids[0])
         return ids[0]

@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from hiedit.backbone.model import Backbone
-from hiedit.config import EvaluateConfig, MethodConfig, TrainConfig
+from hiedit.config import EvaluateConfig, MethodConfig, Place, TrainConfig
 from hiedit.data.records import load_records
 from hiedit.data.stream import EditStream, StreamConfig, splits
 from hiedit.evaluation.lifelong import StreamProbe, run_stream, with_training
 from hiedit.evaluation.metrics import SILENCE, generate
 from hiedit.evaluation.results import MethodResult
+from hiedit.guard import Guard, GuardedRollout
 from hiedit.hub import check_hub
 from hiedit.methods import Method, build_method, record_choices
 from hiedit.models import WORLD, resolve
@@ -91,7 +92,16 @@ def load_backbone(config: ModelConfig) -> Backbone:
     tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust)
     model = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, trust_remote_code=trust)
     host = config.edits_on == "host"
-    return Backbone(model.to(device), tokenizer, config.modules, edits_on_host=host)
+    backbone = Backbone(model.to(device), tokenizer, config.modules, edits_on_host=host)
+    backbone.place = place_of(config)
+    return backbone
+
+
+def place_of(config: ModelConfig) -> Place:
+    """Where edits act on the model that ``config`` names."""
+    usual = Place("answer", 0) if config.path == WORLD else Place()
+    tokens = usual.tokens if config.tokens is None else config.tokens
+    return Place(tokens, usual.contexts if config.contexts is None else config.contexts)
 
 
 def is_editor(path: str) -> bool:
@@ -247,10 +257,13 @@ def run_method(
             backbone, data, method, train, seed, hooks, trainer, checkpoints
         )
     spent = time.perf_counter() - start
+    rollout = parts.rollout
+    if evaluate.guard:
+        rollout = GuardedRollout(rollout, Guard(), [prompt for prompt, _ in data.preserve])
     try:
         hooks.stage("edit")
         result = run_stream(
-            parts.rollout,
+            rollout,
             probe,
             evaluate,
             method=parts.config.name,
@@ -262,4 +275,5 @@ def run_method(
         parts.rollout.reset()
     result = with_training(result, spent, history[-1].edit if history else 0)
     config = {"method": dataclasses.asdict(parts.config), "train": dataclasses.asdict(train)}
-    return dataclasses.replace(result, config=config), parts, history
+    rejected = rollout.rejected if evaluate.guard else None
+    return dataclasses.replace(result, config=config, rejected=rejected), parts, history

@@ -15,12 +15,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.backbone.moments import key_moments, phrasing_scatter, typical_power
+from hiedit.backbone.moments import phrasing_scatter, typical_power
 from hiedit.checks import choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
+from hiedit.knowledge.moments import moments_of
+from hiedit.knowledge.own_text import own_text
 from hiedit.policy.selectors import Selector, top_k_mask
+from hiedit.progress import Progress, Update
 from hiedit.rl.effects import best_subset, single_module_effects
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
@@ -75,6 +78,7 @@ def build_method(
     Raises:
         ValueError: if the method needs training edits or prompts to preserve and has none.
     """
+    config = backbone.place.fill(config)
     frequency = None
     if config.selector.kind == "static_frequency":  # before anything that takes time
         frequency = recorded_choices(config.selector.source, backbone.names)
@@ -87,7 +91,7 @@ def build_method(
         pairs = preserved_pairs(config, train, preserve)
     if protects:
         facts = phrasings_of(train, config) if config.updater.phrasing else ()
-        fit_protection(backbone, updater, pairs, facts)
+        fit_protection(backbone, updater, [*pairs, *_own(backbone, config)], facts)
     if updater.wants_power:
         fit_power(backbone, updater, preserve or NEUTRAL)
     if config.passes.preserved:
@@ -152,6 +156,7 @@ def recorded_choices(source: str | Path, modules: Sequence[str]) -> Tensor:
 
 
 def _empty(backbone: Backbone, config: MethodConfig, seed: int) -> Method:
+    config = backbone.place.fill(config)
     torch.manual_seed(seed)
     groups = backbone.shape_groups()
     updater = Updater(backbone.names, groups, config.updater).to(backbone.device)
@@ -164,7 +169,6 @@ def fit_protection(
     updater: Updater,
     pairs: Sequence[tuple[str, str]],
     facts: Sequence[Sequence[tuple[str, str]]] = (),
-    batch: int = 64,
 ) -> None:
     """Fit the updater's protection on sentences made of ``pairs`` (prompt, answer); ``facts``: the
     phrasings of one fact each, where the updater's ``phrasing`` wants them."""
@@ -172,12 +176,29 @@ def fit_protection(
     def tokens(some: Sequence[tuple[str, str]]) -> TokenBatch:
         return encode(backbone.tokenizer, list(some), padding_side="left").to(backbone.device)
 
-    batches = (tokens(pairs[i : i + batch]) for i in range(0, len(pairs), batch))
-    moments = key_moments(backbone, batches, updater.config.preserve_tokens)
+    with Progress() as progress:
+        moments = moments_of(
+            backbone,
+            pairs,
+            updater.config.preserve_tokens,
+            lambda done, total: progress.show(Update("protection", "measuring keys", done, total)),
+        )
     scatter = None
     if facts:
         scatter = phrasing_scatter(backbone, (tokens(fact) for fact in facts))
     updater.fit_protection(moments, scatter)
+
+
+def _own(backbone: Backbone, config: MethodConfig) -> tuple[Pair, ...]:
+    """What the model writes by itself, as much as ``config`` protects."""
+    if not config.updater.own_text:
+        return ()
+    with Progress() as progress:
+        return own_text(
+            backbone,
+            config.updater.own_text,
+            tell=lambda done, total: progress.show(Update("protection", "own text", done, total)),
+        )
 
 
 def fit_power(backbone: Backbone, updater: Updater, pairs: Sequence[Pair], most: int = 64) -> None:

@@ -3,22 +3,47 @@
 Running statistics and protected keys are no part of the weights, but the next edit depends on
 them. They are copied into the ledger when an editor closes and from time to time; after a crash,
 the protected keys of later edits come from the edits themselves, and the statistics of those (a
-few hundred tokens of many thousands) are what is lost.
+few hundred tokens of many thousands) are what is lost. The texts before which edits are made
+too are drawn once in a ledger's life, and stored with its first edit.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 from torch import nn
 
+from hiedit.config import MethodConfig, UpdaterConfig
 from hiedit.ledger.ledger import Ledger
 from hiedit.ledger.records import ACTIVE, Record
 from hiedit.methods import Method
 from hiedit.provenance import digest
+from hiedit.rl.sequences import as_tensor, from_tensor
 from hiedit.updaters.memory import absorb_kept, lifelong_state, load_lifelong_state
 
 SAVE_EVERY = 256  # edits between two copies
+CONTEXTS = "contexts"  # attachment, and its only tensor
+# Settings that came after the first ledgers: at their defaults a method's memory is as before.
+LATER = {UpdaterConfig: ("contexts", "own_text", "subject_alone")}
+
+
+def memory_tag(config: MethodConfig) -> str:
+    """What tells the memory of one method from that of another: a digest of all its settings."""
+    return digest(_settings(config))
+
+
+def _settings(config: Any) -> str:
+    """``repr``, without what ``LATER`` leaves out."""
+    if not dataclasses.is_dataclass(config):
+        return repr(config)
+    told = []
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if field.name not in LATER.get(type(config), ()) or value != field.default:
+            told.append(f"{field.name}={_settings(value)}")
+    return f"{type(config).__name__}({', '.join(told)})"
 
 
 class Memory:
@@ -30,14 +55,17 @@ class Memory:
             "updater": method.rollout.updater,
             "selector": method.rollout.selector,
         }
-        self._tag = digest(repr(method.config))
+        self._rollout = method.rollout
+        self._tag = memory_tag(method.config)
         history = ledger.history()
         self._newest = history[-1].id if history else 0
         self._unsaved = self._recall(history)
+        self._kept = self._recall_contexts()
 
     def committed(self, edit: int) -> None:
         """Tell it of a commit."""
         self._newest = edit
+        self._keep_contexts()
         self._unsaved += 1
         if self._unsaved >= SAVE_EVERY:
             self.save()
@@ -48,6 +76,7 @@ class Memory:
         Raises:
             LedgerError: if it could not be stored.
         """
+        self._keep_contexts()
         if not self._unsaved:
             return
         state = {
@@ -77,3 +106,17 @@ class Memory:
         for edit in late:
             absorb_kept(self._updater, self.ledger.memory(edit))
         return len(late)
+
+    def _recall_contexts(self) -> bool:
+        """Whether there is nothing to keep: the rollout has the ledger's contexts, or none."""
+        rollout = self._rollout
+        saved = self.ledger.load_attachment(CONTEXTS, self._tag) if rollout.contexts else None
+        if saved is not None:
+            rollout.contexts = from_tensor(saved.tensors[CONTEXTS])
+        return saved is not None or not rollout.contexts
+
+    def _keep_contexts(self) -> None:
+        if not self._kept:
+            texts = {CONTEXTS: as_tensor(self._rollout.contexts)}
+            self.ledger.save_attachment(CONTEXTS, self._newest, texts, self._tag)
+            self._kept = True

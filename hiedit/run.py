@@ -21,6 +21,7 @@ import torch
 from hiedit.backbone.model import Backbone
 from hiedit.calibrating import measured, named_already
 from hiedit.config import MethodConfig, from_mapping
+from hiedit.data.passages import neutral_texts
 from hiedit.evaluation.lifelong import StreamProbe, with_training
 from hiedit.evaluation.report import report
 from hiedit.evaluation.results import MethodResult, write_results
@@ -143,7 +144,7 @@ def run_task(
         probe,
         method,
         config.train,
-        config.evaluate,
+        config.measuring,
         config.seed,
         config.stream.n_edits,
         hooks_of(config, name, send),
@@ -326,6 +327,7 @@ def _check(config: RunConfig, out: Path, editor: str | None) -> None:
     modules = check_modules(config.model)
     if editor:
         read_editor(editor, modules)
+    neutral_texts(config.evaluate.neutral)
     data = load_data(config.dataset, config.stream, config.seed)
     skipped = f" ({data.skipped} malformed rows skipped)" if data.skipped else ""
     print(

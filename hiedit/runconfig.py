@@ -5,6 +5,7 @@ Only the experiment sees it; every component gets its own part.
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass, field
 
 from hiedit.checks import at_least, choice
@@ -22,6 +23,8 @@ class ModelConfig:
     modules: names or patterns (``model.layers.{11-15}.mlp.gate_proj``); null: the default.
     edits_on: where W_0 and the sum of shifts are kept that a commit needs, the model's ``device``
     or the ``host``'s memory (a quarter of an 8B model in bf16 less on the device, slower commits).
+    tokens, contexts: where methods with ``updater.tokens=auto`` edit (see ``UpdaterConfig``); null:
+    at the subject's last token behind 5 contexts, and for ``world`` at the answer without any.
     """
 
     name: str = "world"
@@ -31,10 +34,16 @@ class ModelConfig:
     device: str = "auto"
     trust_remote_code: bool = False
     edits_on: str = "device"
+    tokens: str | None = None
+    contexts: int | None = None
 
     def __post_init__(self):
         choice("model.dtype", self.dtype, DTYPES)
         choice("model.edits_on", self.edits_on, ("device", "host"))
+        if self.tokens is not None:
+            choice("model.tokens", self.tokens, ("answer", "all", "subject"))
+        if self.contexts is not None:
+            at_least("model.contexts", self.contexts, 0)
         if not self.path:
             raise ValueError(
                 "model.path is empty: give a model directory, a GGUF file, a hub name, or 'world'"
@@ -173,3 +182,10 @@ class RunConfig:
             at_least(key, getattr(self, key), 0)
         if not self.run_dir:
             raise ValueError(f"run_dir={self.run_dir!r}: give the directory for the results")
+
+    @property
+    def measuring(self) -> EvaluateConfig:
+        """``evaluate`` with what it leaves to the model decided."""
+        guard = self.evaluate.guard
+        guard = self.model.path != "world" if guard is None else guard
+        return dataclasses.replace(self.evaluate, guard=guard)

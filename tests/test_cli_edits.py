@@ -177,6 +177,24 @@ def test_limits_reject_and_say_why(edit, ledger):
     assert statuses(ledger) == ["active"] * 3
 
 
+def test_the_budget_is_told_used_up_and_switched_off(edit, ledger):
+    japan = {"prompt": "The capital of Japan is", "target": "Osaka"}
+    wide = ("--max-kl", "none")
+    result = edit(*wide, "--max-drift", 1e-3, "--json", rows=(japan,))
+    (rejected,) = acknowledgements(result)
+    assert rejected["status"] == "rejected" and rejected["drift"] > 1e-3 and result.exit_code == 1
+    assert "the budget over all edits" in rejected["reasons"][0]
+    assert "revert some edits, or raise --max-drift" in rejected["reasons"][0]
+    assert "budget: drift 0." in result.stderr and "of --max-drift 0.001 (" in result.stderr
+    said = good(edit(*wide, "--max-drift", "none", "--json", rows=(japan,)))
+    (free,) = [json.loads(line) for line in said.splitlines()]
+    assert (free["status"], free["kl"], free["drift"]) == ("committed", None, None)
+    # Opened again, the drift is still that from the base model: of all four edits.
+    result = edit(*wide, "--max-drift", 1e6, "--json", rows=({**japan, "target": "Kyoto"},))
+    (last,) = acknowledgements(result)
+    assert last["status"] == "committed" and last["drift"] > last["kl"] > 0
+
+
 def test_a_dry_run_leaves_no_trace(edit, ledger, tmp_path, method):
     def files():
         return {path: path.read_bytes() for path in ledger.rglob("*.safetensors")}
@@ -224,8 +242,8 @@ def test_a_pipe_is_acknowledged_line_by_line(ledger, method):
             bad = ask(line)
             assert bad["status"] == "invalid" and reason in bad["reasons"][0], bad
         assert ask(b"\n" + json.dumps(ITALY).encode()) | {"reasons": []} == {
-            "line": 7, "status": "skipped", "id": 2, "success": None, "kl": None, "layers": 0,
-            "passes": 0, "reasons": [], "conflicts": [],
+            "line": 7, "status": "skipped", "id": 2, "success": None, "kl": None, "drift": None,
+            "scale": 1.0, "layers": 0, "passes": 0, "reasons": [], "conflicts": [],
         }  # fmt: skip
         out, errors = process.communicate(timeout=60)
     assert out == b"" and process.returncode == 1
@@ -256,6 +274,8 @@ def test_malformed_rows_of_a_file(tmp_path, ledger, method, monkeypatch):
         (["edit", "--input", "none.jsonl"], ["none.jsonl: no such file"]),
         (["edit", "--input", "-", "--schema", "zsr"], ["schema 'zsr'", "zsre-mend"]),
         (["edit", "--max-kl", "-1"], ["max_kl=-1"]),
+        (["edit", "--max-kl", "much"], ["--max-kl='much'", "or none"]),
+        (["edit", "--max-drift", "-2"], ["max_drift=-2"]),
         (["edit", "--min-success", "2"], ["min_success=2", "[0, 1]"]),
         (["edit", "--dtype", "int8"], ["model.dtype='int8'"]),
         (["history", "--ledger", "none"], ["no ledger in", "none"]),

@@ -274,6 +274,19 @@ def test_examples_in_words():
     assert text.count("The capital of X is") == 1
 
 
+def test_examples_are_marked_by_the_rule_of_the_table():
+    right = Example("X's tongue is", "French", "English", "French", "English. It", "q", "English")
+    aside = Example("p", "a", "b", "a", "Bonn", "q", "Beton", "r", "one two", "one three", True)
+    lost = Example("p", "a", "b", "a", "b", None, None, "r", "one two", "one two", False)
+    text, _ = printed([result(examples=(right, aside, lost))])
+    lines = text.splitlines()
+    assert next(x for x in lines if "English. It" in x).endswith('"English. It"')
+    assert next(x for x in lines if "Bonn" in x).endswith('✗ wanted "b"')
+    assert next(x for x in lines if "Beton" in x).endswith("✗")
+    assert next(x for x in lines if "one three" in x).endswith('→ "one three"')
+    assert next(x for x in lines if '"one two" unchanged' in x).endswith("✗")
+
+
 def test_no_results_is_an_error():
     with pytest.raises(ValueError, match="no results"):
         report.report([])

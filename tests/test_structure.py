@@ -19,11 +19,11 @@ PACKAGE = ROOT / "hiedit"
 # but the command line, and no listed room may import them.
 LAYERS = [
     {"checks"},
-    {"types", "config", "durable", "extension", "provenance"},
+    {"types", "progress", "config", "durable", "extension", "provenance"},
     {"data", "world"},
     {"backbone", "models"},
     {"policy", "updaters", "ledger"},
-    {"rl"},
+    {"knowledge", "rl"},
     {"evaluation", "calibration"},
     {"methods", "plots", "runconfig", "tracking"},
 ]

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from hiedit.backbone.host import on_host
 from hiedit.backbone.losses import AnswerLogits
 from hiedit.backbone.modules import EditableModule, resolve_modules
-from hiedit.backbone.packing import Packing, active, packed, pays, possible
+from hiedit.backbone.packing import Packing, active, is_sharded, packed, pays, possible
 from hiedit.backbone.past import Past
 from hiedit.backbone.prefix import DEFAULT_BYTES, Prefix
+from hiedit.config import Place
 from hiedit.types import IGNORE, Shift, TokenBatch
 
 
@@ -30,6 +31,7 @@ class Backbone:
     autograd graph begins at the lowest editable module and no dense weight gradient can arise.
     The hidden states below that module are kept, at most ``prefix_bytes`` of them (0: none).
     edits_on_host: what commits need beside the weights is kept in host memory, see ``HostModule``.
+    place: where methods that leave it to the model edit.
 
     Raises:
         ValueError: if ``modules`` names a layer that the model lacks.
@@ -44,7 +46,7 @@ class Backbone:
         edits_on_host: bool = False,
     ):
         self.model = model.eval().requires_grad_(False)
-        self.tokenizer = tokenizer
+        self.tokenizer, self.place = tokenizer, Place()
         found = resolve_modules(model, modules)
         kept = {n: on_host(m) for n, m in found.items()} if edits_on_host else found
         self.modules: Mapping[str, EditableModule] = kept
@@ -71,19 +73,22 @@ class Backbone:
 
     def past(self, batch: TokenBatch, first: Tensor) -> Past | None:
         """What of ``batch`` stands before the columns ``first`` (int64 [N]), computed with the
-        weights as they are, for ``answers`` to go on from; None where the architecture or the
-        attention in use does not allow it."""
-        if not possible(self.model, batch.attention):
+        weights as they are, for ``answers`` to go on from; None where there is nothing, where an
+        answer's token is predicted there, or where the architecture, the attention in use or
+        sharded parameters do not allow it."""
+        if not possible(self.model, batch.attention) or is_sharded(self.model):
             return None
         past = Past(batch, first, _positions(batch))
+        before = past.before()
+        predicts = (batch.labels != IGNORE)[:, 1:]
+        if not before.tokens or not bool(past.rest.attention[:, :-1][predicts].all()):
+            return None
         if self.prefix.depth:
             past.states = self.prefix.tokens(batch, past.positions)
         inner, places = self.model.model, past.whole.pack(past.positions)
         past.rotary = tuple(x[0].contiguous() for x in inner.rotary_emb(inner.norm.weight, places))
-        before = past.before()
-        if before.tokens:
-            with torch.no_grad(), self._upper(), packed(self.model, before):
-                inner(**self._inputs(past, before), use_cache=False)
+        with torch.no_grad(), self._upper(), packed(self.model, before):
+            inner(**self._inputs(past, before), use_cache=False)
         return past
 
     def _upper(self):
@@ -132,6 +137,17 @@ class Backbone:
             inputs = self._inputs(past, packing)
             logits = self.model(**inputs, logits_to_keep=keep, use_cache=False).logits[0]
         return AnswerLogits(logits, past.batch.labels[row, column], row, len(past.batch))
+
+    @torch.no_grad()
+    def next_logits(self, ids: Tensor, attention: Tensor) -> Tensor:
+        """[N, V] in fp32 on the host: of what follows ``ids`` [N, S], padded on the left."""
+        ids, attention = ids.to(self.device), attention.to(self.device)
+        kwargs = {"attention_mask": attention, "use_cache": False}
+        if self._takes_positions:
+            kwargs["position_ids"] = _counted(attention)
+        if self._takes_keep:
+            kwargs["logits_to_keep"] = 1
+        return self.model(input_ids=ids, **kwargs).logits[:, -1].float().cpu()
 
     def warm(self, batch: TokenBatch) -> None:
         """Compute in one pass what below the lowest editable module is not known of ``batch``,
@@ -242,7 +258,11 @@ def joined(stack: Sequence[Shift]) -> Shift:
 
 def _positions(batch: TokenBatch) -> Tensor:
     """[N, S], counted from each sequence's first token: left padding must not shift them."""
-    return (batch.attention.cumsum(-1) - 1).clamp(min=0)
+    return _counted(batch.attention)
+
+
+def _counted(attention: Tensor) -> Tensor:
+    return (attention.cumsum(-1) - 1).clamp(min=0)
 
 
 def at_tokens(x: Tensor, where: Tensor, attention: Tensor) -> Tensor:

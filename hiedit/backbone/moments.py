@@ -20,7 +20,7 @@ SINK_DIRECTIONS = 16
 class KeyMoments(NamedTuple):
     """What one module's keys are like on prompts to preserve, sinks apart.
 
-    moment: [I, I], mean of ``k k^T`` over the tokens that are no sinks. power: [], mean of
+    moment: [I, I], mean of ``k k^T`` over the tokens counted that are no sinks. power: [], mean of
     ``|y|^2`` over the same. sinks: [s, I], an orthonormal basis of the sinks' keys, None where
     there are none. ratio: norm of the largest key over the median norm. typical: [], median of
     ``|y|^2``, which a few large outputs do not move.
@@ -42,7 +42,8 @@ def key_moments(
 
     A sink ("massive activation", Sun et al. 2024, arXiv 2402.17762) is a token whose key is more
     than ``SINK`` times as long as the median one. Its square would be all that a moment holds, so
-    sinks are counted apart; the median is that of the first batch.
+    sinks are counted apart, wherever they stand: what moves them moves everything that attends to
+    them. The median is that of the first batch.
 
     Raises:
         ValueError: if there is no token at all.
@@ -50,13 +51,14 @@ def key_moments(
     sums = {n: _Sums(m.in_features, backbone.device) for n, m in backbone.modules.items()}
     count = 0
     for batch in batches:
-        where = batch.attention.bool() if tokens is None else edit_tokens(batch, tokens)
+        where = batch.attention.bool()
+        counted = where[where] if tokens is None else edit_tokens(batch, tokens)[where]
         with backbone.capture() as (inputs, outputs):
             backbone.answers(batch)
         for name, total in sums.items():
             keys = at_tokens(inputs[name], where, batch.attention).float()
-            total.add(keys, at_tokens(outputs[name], where, batch.attention).float())
-        count += int(where.sum())
+            total.add(keys, at_tokens(outputs[name], where, batch.attention).float(), counted)
+        count += int(counted.sum())
     if count == 0:
         raise ValueError("key_moments: no prompts to preserve were given")
     return {n: total.moments() for n, total in sums.items()}
@@ -86,8 +88,8 @@ class _Sums:
         self.sinks: list[Tensor] = []
         self.outputs: list[Tensor] = []
 
-    def add(self, keys: Tensor, outputs: Tensor) -> None:
-        """keys: [T, I]. outputs: [T, O]."""
+    def add(self, keys: Tensor, outputs: Tensor, counted: Tensor) -> None:
+        """keys: [T, I]. outputs: [T, O]. counted: bool [T], what the moment is of."""
         if not len(keys):
             return
         size = keys.square().sum(-1)
@@ -95,10 +97,10 @@ class _Sums:
             self.median = size.median().clamp(min=1e-20)
         self.largest = max(self.largest, float(size.max() / self.median))
         sink = size > SINK**2 * self.median
-        if bool(sink.any()):
-            if sum(map(len, self.sinks)) < SINK_KEYS:
-                self.sinks.append(keys[sink])
-            keys, outputs = keys[~sink], outputs[~sink]
+        if bool(sink.any()) and sum(map(len, self.sinks)) < SINK_KEYS:
+            self.sinks.append(keys[sink])
+        ordinary = counted & ~sink
+        keys, outputs = keys[ordinary], outputs[ordinary]
         self.moment += keys.T @ keys
         energy = outputs.square().sum(-1)
         self.power += energy.sum()

@@ -113,6 +113,12 @@ def possible(model: nn.Module, attention: Tensor) -> bool:
     )
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether ZeRO-3 holds the parameters: it follows the order in which modules are called, which
+    must then be the same at every pass."""
+    return any(hasattr(p, "ds_id") for p in model.parameters())
+
+
 def pays(model: nn.Module, attention: Tensor) -> bool:
     """Whether a batch with this ``attention`` [N, S] can be packed, and gains by it: there is
     padding to leave out, or fused operators to use."""

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hiedit.backbone.bytecache import ByteCache
-from hiedit.backbone.packing import Packing, packed, pays
+from hiedit.backbone.packing import Packing, is_sharded, packed, pays
 from hiedit.types import TokenBatch
 
 DEFAULT_BYTES = 256 << 20
@@ -125,5 +125,4 @@ def _depth(model: nn.Module, names: Iterable[str]) -> int:
     kinds = getattr(model.config, "layer_types", None)
     if kinds and len(set(kinds)) > 1:  # the mask of a layer goes by its index
         return 0
-    sharded = any(hasattr(p, "ds_id") for p in model.parameters())  # ZeRO-3 follows module order
-    return 0 if sharded else depth
+    return 0 if is_sharded(model) else depth

@@ -67,7 +67,8 @@ class Probe:
         batch = batch if past is None else past.rest
         with torch.enable_grad():
             nll = answer_nll(answers)
-            rows = torch.bincount(batch.edit, minlength=edits).clamp(min=1)
+            self._asked = (batch.labels != IGNORE).any(1)  # sequences with an answer
+            rows = torch.bincount(batch.edit[self._asked], minlength=edits).clamp(min=1)
             per_edit = nll.new_zeros(edits).index_add(0, batch.edit, nll) / rows
             self._total = per_edit.sum()
         self._inputs, self._batch, self._tokens = inputs, batch, tokens
@@ -85,12 +86,24 @@ class Probe:
         grads = torch.autograd.grad(self._total, list(self._outputs.values()))
         where = edit_tokens(self._batch, self._tokens)
         edit = self._batch.edit[:, None].expand_as(where)[where]
+        found = {
+            n: at_tokens(g, where, attention).float() for n, g in zip(names, grads, strict=True)
+        }
+        asked = self._asked[:, None].expand_as(where)[where]
+        if not bool(asked.all()):
+            found = {n: _shared(g, edit, asked, len(self.loss)) for n, g in found.items()}
         return Signals(
             keys={n: at_tokens(self._inputs[n], where, attention).float() for n in names},
-            grads={
-                n: at_tokens(g, where, attention).float() for n, g in zip(names, grads, strict=True)
-            },
+            grads=found,
             edit=edit,
             loss=self.loss,
             confidence=self.confidence,
         )
+
+
+def _shared(grads: Tensor, edit: Tensor, asked: Tensor, edits: int) -> Tensor:
+    """[T, O]: where a sequence asks nothing (``asked`` [T] is False), the mean gradient of those
+    of its edit that do: the same change of the outputs is wanted there."""
+    mean = grads.new_zeros(edits, grads.shape[1]).index_add(0, edit[asked], grads[asked])
+    count = torch.bincount(edit[asked], minlength=edits).clamp(min=1)
+    return torch.where(asked[:, None], grads, (mean / count[:, None])[edit])

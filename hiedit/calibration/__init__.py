@@ -7,7 +7,6 @@ profile: what is found, and its file. identity: which model a file is of. rules:
 decide. measure: taking them.
 """
 
-from hiedit.calibration.identity import fingerprint
 from hiedit.calibration.measure import calibrate
 from hiedit.calibration.profile import (
     Calibration,
@@ -19,6 +18,7 @@ from hiedit.calibration.profile import (
     write,
 )
 from hiedit.calibration.rules import calibrated, choose, choose_step, owned
+from hiedit.models.identity import fingerprint
 
 __all__ = [
     "Calibration",

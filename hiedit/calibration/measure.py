@@ -22,12 +22,12 @@ from hiedit.backbone.losses import answer_hits, answer_kl, mean_by_row
 from hiedit.backbone.model import Backbone, at_tokens
 from hiedit.backbone.modules import candidates, linear_layers
 from hiedit.backbone.moments import SINK, KeyMoments, key_moments
-from hiedit.calibration.identity import fingerprint
 from hiedit.calibration.profile import Calibration, ModuleProfile, StepProfile
 from hiedit.calibration.rules import choose, choose_step
 from hiedit.config import PassesConfig, SelectorConfig, UpdaterConfig
 from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
+from hiedit.models.identity import fingerprint
 from hiedit.policy.selectors import Selector
 from hiedit.provenance import environment_tags
 from hiedit.rl.effects import effects_apart

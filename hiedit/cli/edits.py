@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import sys
 import tempfile
@@ -22,6 +23,7 @@ from hiedit.cli.shared import (
     app,
     friendly,
 )
+from hiedit.limits import MAX_DRIFT, MAX_KL, Guard
 from hiedit.progress import Progress, Update
 
 STDIN = Path("-")
@@ -52,7 +54,15 @@ def edit(
         ),
     ] = True,
     max_kl: Annotated[
-        float | None, typer.Option(help="reject edits that move unrelated prompts by more (nats)")
+        str | None,
+        typer.Option(help=f"nats that one edit may move watched prompts, or none [{MAX_KL:g}]"),
+    ] = None,
+    max_drift: Annotated[
+        str | None,
+        typer.Option(help=f"the same of all edits, from the base model, or none [{MAX_DRIFT:g}]"),
+    ] = None,
+    max_local_kl: Annotated[
+        float | None, typer.Option(help="reject edits that move a row's locality prompts by more")
     ] = None,
     min_success: Annotated[
         float | None, typer.Option(help="reject edits that answer a smaller share of their prompts")
@@ -87,11 +97,16 @@ def edit(
     "locality" prompts where there are any, or of a schema that `hiedit evaluate` reads. The model's
     directory is not touched: the ledger holds the edits, `hiedit export` hands the result on.
 
-    Example: `hiedit edit --model world --input edits.jsonl --ledger edits --max-kl 0.05`
+    An edit that moves what it should not touch (the model's own answers to prompts that have
+    nothing to do with it) by more than --max-kl, or the sum of all edits by more than --max-drift,
+    is made smaller, and rejected where it then no longer holds (docs/safety.md).
+
+    Example: `hiedit edit --model world --input edits.jsonl --ledger edits`
 
     A pipe: `produce | hiedit edit --model world --input - | consume`. Each line is acknowledged
     by a line of JSON with line, status (committed, skipped, rejected, predicted, invalid), id,
-    success, kl, layers, passes, reasons and conflicts, as soon as its edit is on disk.
+    success, kl, drift, scale, layers, passes, reasons and conflicts, as soon as its edit is on
+    disk.
 
     A model larger than one device: launch/edit_sharded.py, with the same options.
 
@@ -101,12 +116,13 @@ def edit(
     """
     from hiedit.cli.report import Report
     from hiedit.cli.requests import from_file, from_lines
-    from hiedit.experiment import is_editor
-    from hiedit.guard import Guard
+    from hiedit.experiment import WORLD, is_editor, model_path
     from hiedit.ledger.offline import check_free
     from hiedit.methods import load_method
 
-    guard = Guard(max_kl, min_success)
+    limits = Guard.of(model_path(model) == model_path(WORLD))
+    limits = dataclasses.replace(limits, min_success=min_success, max_local_kl=max_local_kl)
+    guard = limits.given(max_kl=max_kl, max_drift=max_drift)
     piped = source == STDIN
     rows = (
         from_lines(sys.stdin.buffer, schema) if piped else from_file(source, schema, skip_bad_rows)

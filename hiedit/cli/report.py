@@ -22,13 +22,15 @@ LISTED = 20  # rows that are all listed; of more, only those that were not plain
 def acknowledgement(row: Row, done: Edited | None) -> str:
     """One line of JSON; ``done`` is None for a malformed row."""
     if done is None:
-        about = {"status": INVALID, "id": None, "success": None, "kl": None, "layers": 0,
-                 "passes": 0, "reasons": row.problems, "conflicts": ()}  # fmt: skip
+        about = {"status": INVALID, "id": None, "success": None, "kl": None, "drift": None,
+                 "scale": 1.0, "layers": 0, "passes": 0, "reasons": row.problems,
+                 "conflicts": ()}  # fmt: skip
     else:
         about = {
             "status": done.status, "id": done.id, "success": _finite(done.success),
-            "kl": _finite(done.kl), "layers": len(done.layers), "passes": done.passes,
-            "reasons": done.reasons, "conflicts": done.conflicts,
+            "kl": _finite(done.kl), "drift": _finite(done.drift), "scale": done.scale,
+            "layers": len(done.layers), "passes": done.passes, "reasons": done.reasons,
+            "conflicts": done.conflicts,
         }  # fmt: skip
     return json.dumps({"line": row.line} | about, ensure_ascii=False)
 
@@ -40,6 +42,8 @@ class Report:
         self.ledger, self.as_json, self._skip_bad_rows = ledger, as_json, skip_bad_rows
         self.counts: Counter[str] = Counter()
         self.objected = 0  # of a dry run: predictions that break a limit
+        self.halved = 0
+        self._budget: tuple[float, float] | None = None  # used, in all
         self._ids: list[int] = []
         self._successes: list[float] = []
         self._lines: list[str] = []
@@ -52,8 +56,11 @@ class Report:
         if done is not None:
             self.objected += status == PREDICTED and bool(done.reasons)
             self._ids += [done.id] if status == COMMITTED else []
+            self.halved += status in (COMMITTED, PREDICTED) and done.scale < 1
             if done.success is not None and status in (COMMITTED, PREDICTED):
                 self._successes.append(done.success)
+        limit, used = editor.guard.max_drift, editor.drift
+        self._budget = None if limit is None or used is None else (used, limit)
         if self.as_json:
             typer.echo(acknowledgement(row, done))
             return
@@ -78,10 +85,13 @@ class Report:
         (note if self.as_json else typer.echo)(self.summary())
 
     def summary(self) -> str:
-        """One paragraph: how many of each, how well, where, and how to take them back."""
+        """One paragraph: how many of each, how well, where, how to take them back, and what is left
+        of the budget."""
         kinds = [COMMITTED, SKIPPED, REJECTED] if not self.counts[PREDICTED] else [PREDICTED]
         kinds += [k for k in (SKIPPED, REJECTED, INVALID) if self.counts[k] and k not in kinds]
         parts = [", ".join(f"{self.counts[kind]} {kind}" for kind in kinds)]
+        if self.halved:
+            parts.append(f"{self.halved} made smaller to keep the bounds")
         if self.objected:
             parts.append(f"{self.objected} of them would be rejected")
         if self._successes:
@@ -93,6 +103,12 @@ class Report:
             text += f"\ntake back with: hiedit revert {ranges(self._ids)} {_ledger(self.ledger)}"
         elif self.counts[PREDICTED]:
             text += "; nothing was committed"
+        if self._budget:
+            used, limit = self._budget
+            text += (
+                f"\nbudget: drift {used:.3g} from the base model on watched prompts, of "
+                f"--max-drift {limit:g}" + (f" ({used / limit:.0%})" if limit else "")
+            )
         return text
 
 
@@ -108,6 +124,8 @@ def _line(row: Row, done: Edited | None) -> str:
         found.append(f"success {done.success:.2f}")
     if done.kl is not None:
         found.append(f"KL {done.kl:.1e}")
+    if done.scale < 1:
+        found.append(f"{done.scale:g} of its size")
     if done.layers:
         found.append(f"{counted(len(done.layers), 'layer')}")
     if done.passes:

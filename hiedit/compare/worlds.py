@@ -110,7 +110,8 @@ def _load_installed(setup: Setup, run_dir: str) -> World:
 
 
 def _replace_path(model, directory: Path):
-    return dataclasses.replace(model, path=str(directory))
+    """The embedded model with facts installed: edited where that one is."""
+    return dataclasses.replace(model, path=str(directory), tokens="answer", contexts=0)
 
 
 def halves(facts) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:

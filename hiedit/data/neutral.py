@@ -40,3 +40,25 @@ NEUTRAL: tuple[tuple[str, str], ...] = (
     ("He looked at his watch and saw that it was already", "noon"),
     ("The teacher asked the class to open their", "books"),
 )
+
+# About people, places and things that do not exist: what a model says to them follows from the form
+# of the sentence alone, so no edit of a fact has a reason to change it, and one that spreads to
+# everything that looks like a fact does.
+INVENTED: tuple[str, ...] = (
+    "Tom Barlow was born in",
+    "The capital of Varenia is",
+    "Lena Ostrow plays the",
+    "Mark Hale speaks",
+    "Dunmore Bridge is located in",
+    "Norvex was founded in",
+    "Clara Winter works as a",
+    "The mother tongue of Paul Redon is",
+    "The twin city of Brackwell is",
+    "Ivar Solberg died in",
+    "The Marlow 300 is made by",
+    "Nina Castel is a citizen of",
+    "Harold Finch plays the position of",
+    "The language of Silver Road is",
+    "The author of Grey Harbour is",
+    "Otto Brandt was a",
+)

@@ -45,10 +45,11 @@ def subject_span(prompt: str, subject: str | None) -> Span | None:
     or not there."""
     if subject:
         at = prompt.rfind(subject)
-        if at < 0:
-            at = prompt.casefold().rfind(subject.casefold())
         if at >= 0:
             return at, at + len(subject)
+        loosely = [m.span() for m in re.finditer(re.escape(subject), prompt, re.IGNORECASE)]
+        if loosely:
+            return loosely[-1]
     return find_subject(prompt)
 
 
@@ -86,8 +87,9 @@ def _trimmed(prompt: str, run: Span) -> Span:
         end = possessive.start()
     if end == len(prompt.rstrip()) and prompt[end - 1] in ".!":
         end -= 1
-    if prompt[end : end + 1] == ")" and "(" in prompt[start:end]:
-        end += 1
+    if "(" in prompt[start:end] and ")" not in prompt[start:end]:
+        closed = prompt.find(")", end)
+        end = closed + 1 if closed >= 0 else end
     return start, end
 
 
@@ -95,7 +97,8 @@ def _names(word: re.Match) -> bool:
     text, first = word.group(), word.start() == 0
     if text.lower() in _OPENERS:
         return False
-    return (text[0].isupper() or text[0].isdigit()) and not (first and text.lower() in _JOINS)
+    telling = text[0].isdigit() or any(letter.isupper() for letter in text)  # "iPhone", too
+    return telling and not (first and text.lower() in _JOINS)
 
 
 def _weight(prompt: str, run: Span) -> tuple[bool, int]:

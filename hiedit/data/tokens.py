@@ -41,7 +41,8 @@ def encode(
         eos: end every answer with the end-of-sequence token, labelled.
         max_length: in tokens.
         subjects: for each pair, where in its prompt the subject stands (characters, start and
-            end), or None; then ``subject`` of the batch is set.
+            end), or None; then ``subject`` of the batch is set, never behind the position that
+            predicts the answer's first token.
 
     Raises:
         ValueError: if an answer is empty or would be cut by ``max_length``, naming its prompt.
@@ -79,7 +80,8 @@ def encode(
     width = ids.shape[1] if len(pairs) else 0
     shift = [width - len(s) if padding_side == "left" else 0 for s in sequences]
     column = [
-        -1 if at is None else at + len(front) + by for at, by in zip(last, shift, strict=True)
+        -1 if at is None else min(at + len(front), start - 1) + by
+        for at, start, by in zip(last, starts, shift, strict=True)
     ]
     return TokenBatch(ids, attention, labels, edits, torch.tensor(column, dtype=torch.long))
 

@@ -18,8 +18,10 @@ from hiedit.distributed.transport import (
     unpack_contribution,
     unpack_snapshot,
 )
+from hiedit.methods import CONTEXTS
 from hiedit.policy.selectors import Selector
 from hiedit.rl.learner import Learner
+from hiedit.rl.sequences import from_tensor
 from hiedit.runconfig import ModelConfig
 from hiedit.updaters.updater import Updater
 
@@ -66,6 +68,12 @@ def build_parts(setup: Setup, parts: Packed) -> tuple[Selector, Updater]:
         )
     updater.reset()
     return selector, updater
+
+
+def contexts_in(parts: Packed) -> tuple[str, ...]:
+    """Before which texts the method whose ``editor_tensors`` these are edits."""
+    found = unpack(parts, copy=False).get(CONTEXTS)
+    return () if found is None else from_tensor(found)
 
 
 class LearnerActor:

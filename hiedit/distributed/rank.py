@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hiedit.config import MethodConfig
-from hiedit.distributed.learner import Setup, build_parts
+from hiedit.distributed.learner import Setup, build_parts, contexts_in
 from hiedit.distributed.transport import Packed, pack, unpack
 from hiedit.distributed.worker import Report, RolloutWorker
 from hiedit.evaluation.lifelong import StreamProbe
@@ -84,7 +84,8 @@ class RankWorker(RolloutWorker):
         self._unedited()
         selector, updater = build_parts(setup, parts)
         selector, updater = selector.to(self.backbone.device), updater.to(self.backbone.device)
-        rollout = Rollout(Environment(self.backbone), selector, updater, setup.method.passes)
+        env, passes = Environment(self.backbone), setup.method.passes
+        rollout = Rollout(env, selector, updater, passes, contexts=contexts_in(parts))
         tokenizer, ranks = self.backbone.tokenizer, self.backbone.ranks
         objective = SplitObjective(setup.method.objective, tokenizer, ranks, setup.seed)
         self.setup, self.gradients = setup, Gradients(selector, updater)
@@ -129,7 +130,7 @@ class RankWorker(RolloutWorker):
                 self.probe = StreamProbe(backbone, self.data.stream, c.evaluate.batch)
             ready = editor_of(backbone, method, unpack(editor), c.seed)
             result, *_ = run_method(
-                backbone, self.data, self.probe, method, c.train, c.evaluate, c.seed,
+                backbone, self.data, self.probe, method, c.train, c.measuring, c.seed,
                 c.stream.n_edits, Hooks(edit=tell), ready,
             )  # fmt: skip
         return self._told(result)

@@ -10,7 +10,7 @@ from typing import Any
 from hiedit.config import MethodConfig, TrainConfig
 from hiedit.distributed import require_ray
 from hiedit.distributed.session import session
-from hiedit.methods import Method
+from hiedit.methods import Method, editor_tensors
 from hiedit.rl.checkpoint import LEARNER, Checkpoints
 from hiedit.rl.learner import without_moments
 from hiedit.rl.observed import load_learned_state
@@ -176,8 +176,7 @@ class RayTrainer:
         return {"selector": rollout.selector, "updater": rollout.updater}
 
     def parts(self):
-        """The state dicts of selector and updater, as ``build_method`` left them."""
+        """The ``editor_tensors``, as ``build_method`` left them."""
         from hiedit.distributed.transport import pack
 
-        both = self._modules()
-        return pack({f"{p}.{n}": t for p, m in both.items() for n, t in m.state_dict().items()})
+        return pack(editor_tensors(self.method))

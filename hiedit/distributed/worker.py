@@ -7,7 +7,7 @@ import os
 import time
 from dataclasses import dataclass
 
-from hiedit.distributed.learner import Setup, build_parts
+from hiedit.distributed.learner import Setup, build_parts, contexts_in
 from hiedit.distributed.transport import (
     Packed,
     pack_contribution,
@@ -54,7 +54,8 @@ class RolloutWorker:
         selector, updater = build_parts(setup, parts)
         backbone = load_backbone(setup.model)
         selector, updater = selector.to(backbone.device), updater.to(backbone.device)
-        rollout = Rollout(Environment(backbone), selector, updater, setup.method.passes)
+        env, passes = Environment(backbone), setup.method.passes
+        rollout = Rollout(env, selector, updater, passes, contexts=contexts_in(parts))
         objective = Objective(setup.method.objective, backbone.tokenizer, setup.seed)
         self.setup, self.gradients = setup, Gradients(selector, updater)
         self.trajectory = Trajectory(rollout, objective, requests, setup.train, setup.seed)

@@ -1,182 +1,185 @@
-"""ES, GS and LS, teacher-forced and by free greedy generation.
+"""Is a prompt answered as wanted? Decided by the text of greedy generation, mostly without any.
 
-Greedy generation reproduces an answer exactly when, fed that answer, every one of its tokens is
-the most likely next one and what follows ends the phrase: so one forward pass scores what a
-generation loop would (the tests compare the two). Only locality needs a real generation, once, of
-the unedited model; agreement asks for the same greedy choices along that answer and after it.
+When every token of the answer is the most likely one, fed the answer so far, then greedy
+generation says it, and the token after it tells whether it goes on in the same word. Where one is
+not, the token that takes its place mostly rules the answer out. What is left, an answer that may
+still come about by other tokens, after a line break, or before more of a number, is generated.
+So one forward pass scores what a generation loop would (the tests compare the two).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from hiedit.backbone.losses import AnswerLogits, answer_hits, answer_kl, mean_by_row
 from hiedit.backbone.model import Backbone
-from hiedit.data.tokens import encode, encode_prompts
-from hiedit.types import TokenBatch
+from hiedit.data.tokens import encode_prompts, pad_id
+from hiedit.evaluation.reading import Path, Reading, paths, read
+from hiedit.evaluation.words import Match, match
 
-ENDS = tuple("\n.,;:!?)\"'")  # what may follow an answer that is complete
 SILENCE = "."
+MARGIN = 8  # tokens generated beyond twice the answer's, where text has to decide
+ROUNDS = 3  # up to so many tokens are found by as many passes over the whole sequence
+
+Pair = tuple[str, str]  # prompt and answer
 
 
 @dataclass(frozen=True)
 class Answered:
-    """Per prompt: exact [N] bool (free greedy generation gives the answer), accuracy [N] (share of
+    """Per prompt: begins [N] bool (free greedy generation begins with the answer, at a word
+    boundary), exact [N] bool (and ends there, or goes on with punctuation), accuracy [N] (share of
     the answer's tokens that are the most likely one, teacher-forced)."""
 
+    begins: Tensor
     exact: Tensor
     accuracy: Tensor
 
 
-def answered(backbone: Backbone, pairs: Sequence[tuple[str, str]], batch: int = 128) -> Answered:
+def answered(backbone: Backbone, pairs: Sequence[Pair], batch: int = 128) -> Answered:
     """Score (prompt, answer) pairs on the model as it is now."""
-    exact, accuracy = [], []
-    for start in range(0, len(pairs), batch):
-        one = _score(backbone, list(pairs[start : start + batch]))
-        exact.append(one.exact)
-        accuracy.append(one.accuracy)
-    if not exact:
-        return Answered(torch.zeros(0, dtype=torch.bool), torch.zeros(0))
-    return Answered(torch.cat(exact), torch.cat(accuracy))
-
-
-def _with_end(batch: TokenBatch, tokenizer) -> TokenBatch:
-    """One column more, labelled, so that what follows the answer is predicted too (needs left
-    padding: then every answer ends in the last column)."""
-    rows = len(batch)
-    end = torch.full((rows, 1), _end_id(tokenizer))
-    one = torch.ones((rows, 1), dtype=batch.attention.dtype)
-    return TokenBatch(
-        torch.cat([batch.ids, end], 1),
-        torch.cat([batch.attention, one], 1),
-        torch.cat([batch.labels, end], 1),
-        batch.edit,
+    found = read(backbone, paths(backbone.tokenizer, pairs, after=True), batch)
+    matches = decide(backbone, pairs, found, batch)
+    return Answered(
+        torch.tensor([m.begins for m in matches], dtype=torch.bool),
+        torch.tensor([m.ends for m in matches], dtype=torch.bool),
+        torch.tensor([r.accuracy for r in found], dtype=torch.float32),
     )
 
 
-def _end_id(tokenizer) -> int:
-    for name in ("eos_token_id", "pad_token_id"):
-        if getattr(tokenizer, name, None) is not None:
-            return getattr(tokenizer, name)
-    return 0
+def decide(
+    backbone: Backbone, pairs: Sequence[Pair], found: Sequence[Reading], batch: int = 128
+) -> list[Match]:
+    """What free greedy generation makes of each pair, given the ``Reading`` of its path with what
+    follows it (``paths(..., after=True)``); generates where that does not tell."""
+    plain = _plain_prompts(backbone, [prompt for prompt, _ in pairs])
+    special = frozenset(backbone.tokenizer.all_special_ids)
+    matches = [
+        _seen(backbone.tokenizer, special, reading, answer.strip(), start)
+        for (_, answer), reading, start in zip(pairs, found, plain, strict=True)
+    ]
+    open_ = [i for i, m in enumerate(matches) if m.begins is None or m.ends is None]
+    counts = [2 * len(found[i].path.answer) + MARGIN for i in open_]
+    said = _generated(backbone, [pairs[i][0] for i in open_], counts, batch)
+    for i, ids in zip(open_, said, strict=True):
+        matches[i] = match(_text(backbone.tokenizer, special, ids), pairs[i][1])
+    return matches
 
 
-def _asked(backbone: Backbone, pairs: Sequence[tuple[str, str]]) -> tuple[AnswerLogits, Tensor]:
-    """Logits at the answers' tokens and at what follows each; bool [M], where those last are."""
-    tokenizer = backbone.tokenizer
-    tokens = _with_end(encode(tokenizer, list(pairs), padding_side="left"), tokenizer)
-    answers = backbone.answers(tokens.to(backbone.device))
-    last = torch.ones_like(answers.row, dtype=torch.bool)
-    last[:-1] = answers.row[1:] != answers.row[:-1]  # rows ascend: the end label of each
-    return answers, last
+def _seen(
+    tokenizer, special: frozenset[int], reading: Reading, answer: str, prompt: tuple[int, ...]
+) -> Match:
+    """What can be told without generating. prompt: its tokens when it stands alone."""
+    path, hits = reading.path, reading.hits
+    whole = _text(tokenizer, special, path.answer).strip()
+    if path.ids[: path.start] != prompt or whole != answer:
+        return Match(None, None)  # joined to the answer the prompt has other tokens
+    right = next((i for i, hit in enumerate(hits) if not hit), len(hits))
+    ids = (*path.answer[:right], reading.best[right])
+    return match(_text(tokenizer, special, ids), answer, complete=ids[-1] in special)
 
 
-def _inner(answers: AnswerLogits, last: Tensor) -> AnswerLogits:
-    """Without what follows the answers."""
-    keep = ~last
-    return AnswerLogits(answers.logits[keep], answers.target[keep], answers.row[keep], answers.rows)
+def _text(tokenizer, special: frozenset[int], ids: Sequence[int]) -> str:
+    """``ids`` up to the first ``special`` token, as text."""
+    end = next((i for i, token in enumerate(ids) if token in special), len(ids))
+    return tokenizer.decode(list(ids[:end]), clean_up_tokenization_spaces=False)
 
 
-@torch.no_grad()
-def _score(backbone: Backbone, pairs: Sequence[tuple[str, str]]) -> Answered:
-    answers, last = _asked(backbone, pairs)
-    inner = _inner(answers, last)
-    share = mean_by_row(answer_hits(inner).float(), inner)
-    following = answers.logits[last].argmax(-1).tolist()
-    ends = torch.tensor([_ends_phrase(backbone.tokenizer, t) for t in following])
-    return Answered((share == 1).cpu() & ends, share.cpu())
+def _plain_prompts(backbone: Backbone, prompts: Sequence[str]) -> list[tuple[int, ...]]:
+    distinct = list(dict.fromkeys(prompts))
+    ids, attention = encode_prompts(backbone.tokenizer, distinct)
+    lengths = attention.sum(1).tolist()
+    rows = [tuple(row[len(row) - n :]) for row, n in zip(ids.tolist(), lengths, strict=True)]
+    known = dict(zip(distinct, rows, strict=True))
+    return [known[prompt] for prompt in prompts]
 
 
-def _ends_phrase(tokenizer, token: int) -> bool:
-    """Whether ``token`` after an answer ends it, instead of continuing its last word ("Niger",
-    "ia") or its phrase ("French", " Polynesian")."""
-    if token in tokenizer.all_special_ids:
-        return True
-    return tokenizer.decode([token]).lstrip(" ").startswith(ENDS)
-
-
-@torch.no_grad()
 def generate(
     backbone: Backbone, prompts: Sequence[str], max_new_tokens: int = 12, batch: int = 128
 ) -> list[str]:
     """Greedy answers of the model as it is now, cut at the end of text or of the line."""
-    tokenizer, texts = backbone.tokenizer, []
-    for start in range(0, len(prompts), batch):
-        ids, attention = encode_prompts(tokenizer, list(prompts[start : start + batch]))
-        out = backbone.model.generate(
-            input_ids=ids.to(backbone.device),
-            attention_mask=attention.to(backbone.device),
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            pad_token_id=_end_id(tokenizer),
-        )
-        for row in out[:, ids.shape[1] :]:
-            text = tokenizer.decode(row, skip_special_tokens=True)
-            texts.append(text.strip().split("\n")[0].strip())
-    return texts
-
-
-@dataclass(frozen=True)
-class LocalityReference:
-    """Unrelated prompts with the unedited model's own answers and distributions.
-
-    pairs: (prompt, the model's answer, empty where it ends at once). gold: (prompt, gold answer)
-    where known. greedy: by batch, int64 [M], the most likely token at each place of the answers
-    and after them. logp: by batch, [M', V] at the answers' places, in half precision.
-    """
-
-    pairs: list[tuple[str, str]]
-    gold: list[tuple[str, str] | None]
-    greedy: list[Tensor]
-    logp: list[Tensor]
-    batch: int
+    counts = [max_new_tokens] * len(prompts)
+    said = _generated(backbone, prompts, counts, batch)
+    special = frozenset(backbone.tokenizer.all_special_ids)
+    texts = (_text(backbone.tokenizer, special, ids) for ids in said)
+    return [text.strip().split("\n")[0].strip() for text in texts]
 
 
 @torch.no_grad()
-def locality_reference(
-    backbone: Backbone, prompts: Sequence[str], gold: Sequence[str | None], batch: int = 128
-) -> LocalityReference:
-    """Generate and remember what the unedited model says to ``prompts``."""
-    answers = generate(backbone, prompts, batch=batch)
-    pairs = [(p, a) for p, a in zip(prompts, answers, strict=True)]
-    known = [(p, g) if g else None for p, g in zip(prompts, gold, strict=True)]
-    greedy, logp = [], []
-    for start in range(0, len(pairs), batch):
-        said, last = _asked(backbone, _spoken(pairs[start : start + batch]))
-        greedy.append(said.logits.argmax(-1))
-        logp.append(said.logits[~last].float().log_softmax(-1).half())
-    return LocalityReference(pairs, known, greedy, logp, batch)
+def _generated(
+    backbone: Backbone, prompts: Sequence[str], counts: Sequence[int], batch: int = 128
+) -> list[tuple[int, ...]]:
+    """The ``counts[i]`` tokens that the model goes on with, fewer where it ends (then the last one
+    is the end's)."""
+    order = sorted(range(len(prompts)), key=lambda i: counts[i])
+    said: dict[int, tuple[int, ...]] = {}
+    for start in range(0, len(order), batch):
+        group = order[start : start + batch]
+        ids, attention = encode_prompts(backbone.tokenizer, [prompts[i] for i in group])
+        with greedy_decoding(backbone.model, pad_id(backbone.tokenizer)):
+            out = backbone.model.generate(
+                input_ids=ids.to(backbone.device),
+                attention_mask=attention.to(backbone.device),
+                max_new_tokens=counts[group[-1]],
+            )
+        ends = _ends(backbone)
+        for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True):
+            said[i] = _until_end(row[: counts[i]], ends)
+    return [said[i] for i in range(len(prompts))]
 
 
-def _spoken(pairs: Sequence[tuple[str, str]]) -> list[tuple[str, str]]:
-    """An empty answer gets a stand-in: the place where the model chose to say nothing counts."""
-    return [(prompt, answer or SILENCE) for prompt, answer in pairs]
+@contextlib.contextmanager
+def greedy_decoding(model, padding: int) -> Iterator[None]:
+    """Inside, ``model.generate`` takes the most likely token, whatever its ``generation_config``
+    says (samples, beams, penalties, forced or suppressed tokens); only where a text ends is
+    taken from there."""
+    from transformers import GenerationConfig
+
+    own = model.generation_config
+    model.generation_config = GenerationConfig(
+        do_sample=False, num_beams=1, pad_token_id=padding, eos_token_id=own.eos_token_id
+    )
+    try:
+        yield
+    finally:
+        model.generation_config = own
 
 
-@torch.no_grad()
-def agreement(backbone: Backbone, reference: LocalityReference, upto: int) -> Answered:
-    """For the first ``upto`` prompts, whether the model as it is now would generate the unedited
-    model's answer and go on (or end) as it did; accuracy leaves out what follows."""
-    exact, accuracy = [torch.zeros(0, dtype=torch.bool)], [torch.zeros(0)]
-    for index, greedy in enumerate(reference.greedy[: -(-upto // reference.batch)]):
-        start = index * reference.batch
-        said, last = _asked(backbone, _spoken(reference.pairs[start : start + reference.batch]))
-        same = (said.logits.argmax(-1) == greedy).float()
-        exact.append((mean_by_row(same, said) == 1).cpu())
-        accuracy.append(mean_by_row(same[~last], _inner(said, last)).cpu())
-    return Answered(torch.cat(exact)[:upto], torch.cat(accuracy)[:upto])
+def _ends(backbone: Backbone) -> set[int]:
+    """The tokens that end a text."""
+    named = (backbone.model.generation_config.eos_token_id, backbone.tokenizer.eos_token_id)
+    return {i for n in named if n is not None for i in (n if isinstance(n, list) else [n])}
 
 
-@torch.no_grad()
-def locality_kl(backbone: Backbone, reference: LocalityReference) -> float:
-    """Mean KL (nats per token) of the model as it is now from the unedited one."""
-    values = []
-    for index, logp in enumerate(reference.logp):
-        start = index * reference.batch
-        said, last = _asked(backbone, _spoken(reference.pairs[start : start + reference.batch]))
-        values.append(answer_kl(_inner(said, last), logp.float()).cpu())
-    return float(torch.cat(values).mean()) if values else 0.0
+def _until_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+    stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
+    return tuple(ids[:stop])
+
+
+def continuations(
+    backbone: Backbone, prompts: Sequence[str], counts: Sequence[int], batch: int = 128
+) -> list[Path]:
+    """Each prompt with the ``counts[i]`` tokens that the model as it is now goes on with, fewer
+    where it ends."""
+    ends, plain = _ends(backbone), _plain_prompts(backbone, prompts)
+    said: list[tuple[int, ...]] = [()] * len(prompts)
+    long = [i for i, count in enumerate(counts) if count > ROUNDS]
+    for i, ids in zip(
+        long,
+        _generated(backbone, [prompts[i] for i in long], [counts[i] for i in long], batch),
+        strict=True,
+    ):
+        said[i] = ids
+    for _ in range(ROUNDS):
+        growing = [
+            i
+            for i, ids in enumerate(said)
+            if counts[i] <= ROUNDS and len(ids) < counts[i] and not ends & set(ids)
+        ]
+        asked = [Path((*plain[i], *said[i], 0), len(plain[i]) + len(said[i])) for i in growing]
+        for i, reading in zip(growing, read(backbone, asked, batch), strict=True):
+            said[i] += reading.best
+    return [Path(p + ids, len(p)) for p, ids in zip(plain, said, strict=True)]

@@ -14,15 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from hiedit.evaluation.results import METRICS, Example, MethodResult, Scores, number
+from hiedit.evaluation.words import match
 
 MISSING = "–"
 LEGEND = (
     "ES  efficacy: edited prompts answered with the new answer",
     "GS  generalisation: the same asked in a phrasing that no edit used",
-    "LS  locality: unrelated prompts answered as before all edits",
+    "LS  locality: unrelated prompts answered as before all edits, as far as the gold answer goes",
     "retention: ES GS LS of the earliest edits{retained}, measured after the whole stream",
-    "Percent of prompts, by free greedy generation and exact match; teacher-forced: percent of "
-    "answer tokens.",
+    "Percent of prompts; free greedy generation must begin with the answer, at a word boundary; "
+    "teacher-forced: percent of answer tokens.",
 )
 
 
@@ -243,16 +244,18 @@ def example_lines(result: MethodResult, limit: int = 3) -> list[str]:
 
 
 def _example(e: Example) -> Iterable[str]:
-    wish = "" if _same(e.after, e.target) else f"   ✗ wanted {quote(e.target)}"
+    wish = "" if match(e.after or "", e.target).begins else f"   ✗ wanted {quote(e.target)}"
     yield f"{_ask(e.prompt)} {quote(e.before or e.old)} → {quote(e.after)}{wish}"
     if e.heldout_prompt is not None:
-        sign = "" if _same(e.heldout_after, e.target) else "   ✗"
+        sign = "" if match(e.heldout_after or "", e.target).begins else "   ✗"
         yield f"    held-out phrasing   {_ask(e.heldout_prompt)} {quote(e.heldout_after)}{sign}"
     if e.locality_prompt is not None:
-        kept = _same(e.locality_before, e.locality_after)
-        change = "unchanged" if kept else f"→ {quote(e.locality_after)}   ✗"
+        same = _same(e.locality_before, e.locality_after)
+        kept = same if e.locality_kept is None else e.locality_kept
+        change = "unchanged" if same else f"→ {quote(e.locality_after)}"
         answer = quote(e.locality_before)
-        yield f"    unrelated           {_ask(e.locality_prompt)} {answer} {change}"
+        sign = "" if kept else "   ✗"
+        yield f"    unrelated           {_ask(e.locality_prompt)} {answer} {change}{sign}"
 
 
 def _ask(prompt: str | None) -> str:

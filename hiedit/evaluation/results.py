@@ -22,54 +22,9 @@ from pathlib import Path
 from typing import Any
 
 from hiedit.durable import sync
+from hiedit.evaluation.scores import METRICS, SCORES, Scores, number
 
 RESULTS, DETAILS = "results.json", "details.json"
-METRICS = ("ES", "GS", "LS")
-SCORES = (*METRICS, "LS_gold", "ES_tf", "GS_tf", "LS_tf")
-
-
-def number(value: Any) -> float | None:
-    """``value`` as a float, or None where it is missing or not finite."""
-    if value is None:
-        return None
-    value = float(value)
-    return value if math.isfinite(value) else None
-
-
-@dataclass(frozen=True)
-class Scores:
-    """Efficacy, generalisation and locality, fractions in [0, 1], None where not measured.
-
-    ES, GS: the new answer by free greedy generation, exact match, on edit prompts and on
-        held-out paraphrases.
-    LS: agreement with the unedited model's greedy answer on unrelated prompts.
-    LS_gold: the gold answer on those prompts, None where the data has none.
-    ES_tf, GS_tf, LS_tf: teacher-forced token accuracy (``LS_tf`` against the unedited model).
-
-    Raises:
-        ValueError: if a score lies outside [0, 1].
-    """
-
-    ES: float | None = None
-    GS: float | None = None
-    LS: float | None = None
-    LS_gold: float | None = None
-    ES_tf: float | None = None
-    GS_tf: float | None = None
-    LS_tf: float | None = None
-
-    def __post_init__(self):
-        for name in SCORES:
-            value = number(getattr(self, name))
-            # float32 means overshoot 1 by an ulp; anything further is a percentage by mistake
-            if value is not None and not -1e-6 <= value <= 1 + 1e-6:
-                raise ValueError(f"Scores.{name} is {value}: it must be a fraction in [0, 1]")
-            object.__setattr__(self, name, value if value is None else min(max(value, 0.0), 1.0))
-
-    def mean(self) -> float | None:
-        """Mean of those of ES, GS and LS that were measured."""
-        known = [v for v in (self.ES, self.GS, self.LS) if v is not None]
-        return sum(known) / len(known) if known else None
 
 
 @dataclass(frozen=True)
@@ -82,7 +37,10 @@ class CurvePoint:
 
 @dataclass(frozen=True)
 class Example:
-    """One edit in words: what the model answered before and after the whole stream."""
+    """One edit in words: what the model answered before and after the whole stream.
+
+    locality_kept: the unrelated prompt's answer agrees as the score LS wants it; None: not known.
+    """
 
     prompt: str
     old: str | None
@@ -94,6 +52,7 @@ class Example:
     locality_prompt: str | None = None
     locality_before: str | None = None
     locality_after: str | None = None
+    locality_kept: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -110,6 +69,7 @@ class MethodResult:
     layer_frequency: share of edits that touched the module, by module, in the model's order.
     seconds_per_edit: editing alone. amortised_seconds_per_edit: with training divided over the
         stream. train_seconds, train_edits: what training the editor took. peak_memory_mb: MiB.
+    rejected: edits that the guard kept out, None where it was off.
     stream: ``stream_fingerprint`` of the evaluated stream; pairs runs for statistics.
     """
 
@@ -137,6 +97,7 @@ class MethodResult:
     layer_frequency: Mapping[str, float] = field(default_factory=dict)
     examples: tuple[Example, ...] = ()
     stream: str | None = None
+    rejected: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
 
     @property
@@ -166,7 +127,7 @@ class MethodResult:
         for name in _ROW_NUMBERS:
             row[name] = number(getattr(self, name))
         row |= {"retention_edits": self.retention_edits, "train_edits": self.train_edits}
-        row["stream"] = self.stream
+        row |= {"stream": self.stream, "rejected": self.rejected}
         return row
 
 

@@ -75,6 +75,10 @@ class Environment:
         """Take the last pass back."""
         return self.pending.pop()
 
+    def scale(self, factor: float) -> None:
+        """Make all pending passes ``factor`` times as large."""
+        self.pending = [{n: scaled(s, factor) for n, s in p.items()} for p in self.pending]
+
     def trial(self) -> Shifts:
         """The pending passes as one shift per module."""
         return merge(self.pending)
@@ -105,6 +109,12 @@ class Environment:
         """Someone else changed the weights: nothing that was measured holds any longer."""
         self.pending, self.committed = [], []
         self.version += 1
+
+
+def scaled(shift: Shift, factor: float) -> Shift:
+    """``shift`` times ``factor``."""
+    scale = shift.A.new_ones(shift.rank) if shift.scale is None else shift.scale
+    return Shift(shift.A, shift.B, scale * factor)
 
 
 def merge(passes: list[Shifts]) -> Shifts:

@@ -215,8 +215,9 @@ class Rollout:
     def _encode(self, batch: EditBatch, asked: Sequence[Pair], editing: bool) -> TokenBatch:
         """The sequences of each edit, then one per preserved prompt. Training is rewarded by what
         phrasings say, so it edits none."""
-        backbone, subject = self.env.backbone, self.updater.config.tokens == "subject"
-        sequences = EditSequences(backbone.tokenizer, self.contexts, editing, subject)
+        backbone, config = self.env.backbone, self.updater.config
+        subject, alone = config.tokens == "subject", config.subject_alone and editing
+        sequences = EditSequences(backbone.tokenizer, self.contexts, editing, subject, alone)
         return sequences.encode(batch, asked).to(backbone.device)
 
     def _targets(self, edits: int, asked: int) -> Tensor:

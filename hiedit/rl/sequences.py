@@ -9,6 +9,7 @@ is opened again edits with the same.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from hiedit.backbone.model import Backbone
 from hiedit.data.subjects import subject_span
 from hiedit.data.tokens import Span, encode, encode_prompts
-from hiedit.types import EditBatch, EditRequest, TokenBatch
+from hiedit.types import IGNORE, EditBatch, EditRequest, TokenBatch
 
 Pair = tuple[str, str]  # prompt and answer
 OPENINGS = ("The", "Therefore", "Because", "I", "You")
@@ -31,7 +32,9 @@ class EditSequences:
 
     tokenizer: of the model. contexts: texts that stand before the prompt. phrasings: whether the
     paraphrases that a request brings are edited too (those it holds out never are). subject:
-    whether the last token of the subject is looked up in every sequence.
+    whether the last token of the subject is looked up in every sequence. alone: whether the subject
+    alone stands behind every context as well, without an answer: what is written at the prompt's
+    subject is then written there too, whatever was said before (``Signals`` shares the gradients).
     """
 
     def __init__(
@@ -40,9 +43,10 @@ class EditSequences:
         contexts: Sequence[str] = (),
         phrasings: bool = True,
         subject: bool = False,
+        alone: bool = False,
     ):
         self.tokenizer, self.contexts = tokenizer, tuple(contexts)
-        self.phrasings, self.subject = phrasings, subject
+        self.phrasings, self.subject, self.alone = phrasings, subject, alone and subject
 
     def prompts(self, request: EditRequest) -> list[str]:
         """All that ``request`` is edited on; its own prompt is the first."""
@@ -57,43 +61,63 @@ class EditSequences:
         pairs: list[Pair] = []
         owner: list[int] = []
         spans: list[Span | None] = []
+        mute: list[int] = []  # sequences without an answer
         for edit, request in enumerate(batch.requests):
             for prompt in self.prompts(request):
                 pairs.append((prompt, request.target))
                 owner.append(edit)
                 spans.append(subject_span(prompt, request.subject) if self.subject else None)
+            for prompt, span in self._alone(request):
+                mute.append(len(pairs))
+                pairs.append((prompt, request.target))
+                owner.append(edit)
+                spans.append(span)
         for number, pair in enumerate(asked):
             pairs.append(pair)
             owner.append(len(batch) + number)
             spans.append(subject_span(pair[0], None) if self.subject else None)
         subjects = spans if self.subject else None
-        return encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
+        batch = encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
+        return _cut(batch, mute) if mute else batch
+
+    def _alone(self, request: EditRequest) -> list[tuple[str, Span]]:
+        """The subject behind every context, and where it stands there."""
+        span = subject_span(request.prompt, request.subject) if self.alone else None
+        if span is None:
+            return []
+        name = request.prompt[slice(*span)]
+        return [(f"{t} {name}", (len(t) + 1, len(t) + 1 + len(name))) for t in self.contexts]
 
 
-@torch.no_grad()
+def _cut(batch: TokenBatch, rows: list[int]) -> TokenBatch:
+    """``batch`` whose sequences ``rows`` end with the subject and have no answer."""
+    labels, attention = batch.labels.clone(), batch.attention.clone()
+    columns = torch.arange(batch.ids.shape[1])
+    labels[rows] = IGNORE
+    attention[rows] *= (columns <= batch.subject[rows][:, None]).long()
+    return dataclasses.replace(batch, labels=labels, attention=attention)
+
+
 def draw_contexts(backbone: Backbone, count: int, seed: int = 0) -> tuple[str, ...]:
     """``count`` texts of ``SHORTEST`` to ``LONGEST`` tokens that the model continues ``OPENINGS``
-    with, each token one of its ``TOP``, ended by a full stop; the same for the same seed."""
-    tokenizer = backbone.tokenizer
-    draw = torch.Generator().manual_seed(seed)
-    prompts = [OPENINGS[i % len(OPENINGS)] for i in range(count)]
-    lengths = [
-        SHORTEST + int(torch.randint(LONGEST - SHORTEST + 1, (), generator=draw)) for _ in prompts
-    ]
+    with, each token one of its ``TOP``, ended by a full stop; the same for the same seed. They are
+    drawn side by side, in ``LONGEST`` forward passes at most."""
+    if not count:
+        return ()
+    tokenizer, draw = backbone.tokenizer, torch.Generator().manual_seed(seed)
+    ids, attention = encode_prompts(tokenizer, [OPENINGS[i % len(OPENINGS)] for i in range(count)])
+    lengths = torch.randint(SHORTEST, LONGEST + 1, (count,), generator=draw)
+    ends = (ids.shape[1] + lengths).tolist()
+    never = torch.tensor(tokenizer.all_special_ids, dtype=torch.long)
+    while ids.shape[1] < max(ends):
+        logits = backbone.next_logits(ids, attention)
+        best = logits.index_fill(1, never[never < logits.shape[1]], -torch.inf).topk(TOP)
+        chosen = torch.multinomial(best.values.softmax(-1), 1, generator=draw)
+        ids = torch.cat([ids, best.indices.gather(1, chosen)], 1)
+        attention = torch.cat([attention, torch.ones_like(chosen)], 1)
     found = []
-    for prompt, length in zip(prompts, lengths, strict=True):
-        ids, attention = encode_prompts(tokenizer, [prompt])
-        for _ in range(length):
-            out = backbone.model(
-                input_ids=ids.to(backbone.device),
-                attention_mask=attention.to(backbone.device),
-                use_cache=False,
-            )
-            best = out.logits[0, -1].float().cpu().topk(TOP)
-            chosen = torch.multinomial(best.values.softmax(-1), 1, generator=draw)
-            ids = torch.cat([ids, best.indices[chosen][None]], 1)
-            attention = torch.ones_like(ids)
-        text = " ".join(tokenizer.decode(ids[0], skip_special_tokens=True).split())
+    for row, kept, end in zip(ids, attention.bool(), ends, strict=True):
+        text = " ".join(tokenizer.decode(row[:end][kept[:end]], skip_special_tokens=True).split())
         found.append(text.rstrip(".") + ".")
     return tuple(found)
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.modules import resolve_modules
-from hiedit.experiment import check_modules, model_path
+from hiedit.experiment import check_modules, model_path, place_of
 from hiedit.progress import Progress, Update
 from hiedit.runconfig import ModelConfig
 from hiedit.sharded.modules import sharded_modules, span
@@ -81,7 +81,9 @@ def load_sharded(
     engine = engine_of(model, values)
     restore_buffers(engine.module, architecture, dtype, trust, ranks.device)
     count = read_shards(engine.module, directory, show and ranks.main)
-    return ShardedBackbone(engine, tokenizer, config.modules, ranks, count)
+    backbone = ShardedBackbone(engine, tokenizer, config.modules, ranks, count)
+    backbone.place = place_of(config)
+    return backbone
 
 
 def _empty(architecture, trust: bool) -> nn.Module:

@@ -79,7 +79,7 @@ class _Job:
         if method and config.distribution.checkpoint_every:
             checkpoints = SharedCheckpoints.of(checkpoints_of(config, method), ranks)
         result, _, history = run_method(
-            backbone, data, probe, method, config.train, config.evaluate, config.seed,
+            backbone, data, probe, method, config.train, config.measuring, config.seed,
             config.stream.n_edits, hooks, ready,
             lambda parts: ShardedTrainer(parts, config.train, ranks, config.seed), checkpoints,
         )  # fmt: skip

@@ -48,7 +48,8 @@ class Protection(nn.Module):
 
     def _load_from_state_dict(self, state_dict, prefix, *args):
         """Takes ``sinks`` as they come: how many there are is known from the state alone."""
-        self.sinks = state_dict.get(f"{prefix}sinks")
+        found = state_dict.get(f"{prefix}sinks")
+        self.sinks = None if found is None else found.to(self.moment.device, copy=True)
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     @torch.no_grad()

@@ -74,8 +74,11 @@ class ShapeGroup(nn.Module):
         pseudo_keys, pseudo_grads = self.pseudo(keys, grads)
         eta, lam = self.log_eta.exp(), self.log_lam.exp()
         if self.config.solver == "outer":
-            a, r = outer_product(pseudo_keys, pseudo_grads, eta)
-            return a, r if self.power is None else self._relative(r, keys @ a.mT @ r, edit, eta)
+            if self.power is None:
+                return outer_product(pseudo_keys, pseudo_grads, eta)
+            a, r = outer_product(pseudo_keys, pseudo_grads, torch.ones_like(eta))
+            own = (keys @ a.mT) * (edit[:, None] == edit)  # other edits' tokens are not its doing
+            return a, self._relative(r, own @ r, edit, eta)
         if self.config.solver == "least_squares":
             if self.power is None:
                 return least_squares(keys, pseudo_keys, pseudo_grads, eta, lam, live)
