@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from worlds import quick_run
 
 from hiedit import calibrating
+from hiedit.backbone.model import Backbone
 from hiedit.backbone.modules import default_modules
 from hiedit.calibration import Calibration, ModuleProfile, StepProfile, fingerprint, place, read
 from hiedit.calibration import measure as measuring
@@ -35,7 +36,7 @@ def measured(monkeypatch) -> list[str]:
     """The fingerprints of the models that were measured, in place of measuring them."""
     found = []
 
-    def planted(model, tokenizer, requests, edits, progress, name):
+    def planted(model, tokenizer, requests, edits, progress, name, place):
         found.append(fingerprint(model))
         progress("effects", 1, 1)
         return Calibration(
@@ -122,14 +123,14 @@ def test_a_large_model_is_not_measured_without_being_asked_to(
     with opened(tmp_path / "edits") as editor:
         assert editor.modules == default_modules(editor.model)
     assert not measured and "hiedit calibrate" in capsys.readouterr().err
-    calibrating.calibration_for(*loaded())  # asked to, and then it is used
+    calibrating.calibration_for(Backbone(*loaded()))  # asked to, and then it is used
     with opened(tmp_path / "others") as editor:
         assert tuple(editor.modules) == MODULES
 
 
 def test_a_cache_that_cannot_be_written_to_is_said(tmp_path, measured, capsys):
     (tmp_path / "cache").write_text("a file")
-    assert calibrating.calibration_for(*loaded()).modules == MODULES
+    assert calibrating.calibration_for(Backbone(*loaded())).modules == MODULES
     assert "not kept" in capsys.readouterr().err
 
 

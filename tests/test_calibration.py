@@ -25,6 +25,7 @@ from hiedit.calibration import (
     write,
 )
 from hiedit.calibration import measure as measuring
+from hiedit.config import Place
 from hiedit.methods import load_method
 from hiedit.types import EditRequest, Locality
 from hiedit.world import world_dir, world_requests
@@ -77,12 +78,15 @@ def test_modules_that_gain_most_for_their_price_are_chosen_in_their_order():
 
 @pytest.mark.parametrize("sink", [{"ratio": 5.0}, {"share": 0.6}], ids=["input", "output"])
 def test_modules_that_sinks_own_are_left_out(sink):
-    profiles = [profile("x"), profile("sink", gain=9.0, price=0.0, **sink), profile("y")]
-    assert choose(profiles) == ("x", "y")  # nor do they say what the best gain is
+    owned = profile("sink", gain=9.0, price=0.0, **sink)
+    profiles = [profile("x"), owned, profile("y"), profile("z")]
+    assert choose(profiles) == ("x", "y", "z")  # nor does it say what the best gain is
 
 
 def test_there_is_always_a_choice():
-    assert choose([profile("a", ratio=90.0), profile("b", ratio=7.0)], 1) == ("b",)
+    worse, bad = profile("worse", ratio=90.0), profile("bad", ratio=7.0)
+    assert choose([worse, profile("good"), bad, profile("fine")]) == ("good", "bad", "fine")
+    assert choose([worse, profile("dear", price=9.0, ratio=6.0), bad], 2) == ("worse", "bad")
     assert choose([profile("a", gain=-0.2), profile("b", gain=-0.1)], 1) == ("b",)
     assert choose([profile("a", gain=math.nan), profile("b")]) == ("b",)
     assert choose([profile("a", gain=math.nan), profile("b", gain=math.nan, ratio=1.0)], 1)
@@ -225,8 +229,9 @@ def test_the_world_is_measured(monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(world_dir())
     told = []
     found = calibrate(
-        model, tokenizer, edits=2, progress=lambda *said: told.append(said), name="world"
-    )
+        model, tokenizer, edits=2, progress=lambda *said: told.append(said), name="world",
+        place=Place("answer", 0),
+    )  # fmt: skip
     assert found.known == found.edits == 2 and found.model == "world"
     assert found.fingerprint == fingerprint(model)
     assert [p.name for p in found.profiles] == [DOWN.format(i) for i in range(8)]

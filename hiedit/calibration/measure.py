@@ -24,7 +24,7 @@ from hiedit.backbone.modules import candidates, linear_layers
 from hiedit.backbone.moments import SINK, KeyMoments, key_moments
 from hiedit.calibration.profile import Calibration, ModuleProfile, StepProfile
 from hiedit.calibration.rules import choose, choose_step
-from hiedit.config import PassesConfig, SelectorConfig, UpdaterConfig
+from hiedit.config import PassesConfig, Place, SelectorConfig, UpdaterConfig
 from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
 from hiedit.models.identity import fingerprint
@@ -40,9 +40,9 @@ from hiedit.updaters.updater import Updater
 from hiedit.world import world_requests
 
 UPDATER = UpdaterConfig(
-    kind="closed_form", solver="protected", step="relative", tokens="subject",
-    preserve_tokens="all", eta=0.3, contexts=3,
-)  # fmt: skip
+    kind="closed_form", solver="protected", step="relative", preserve_tokens="all", eta=0.3
+)
+CONTEXTS = 3  # behind which an edit is made, where the model's place has no fewer
 PASSES = PassesConfig(max=10, target_probability=0.8)
 ETAS = (0.1, 0.2, 0.3, 0.45)
 STEP_EDITS = 6  # of which every step size is tried
@@ -65,13 +65,15 @@ def calibrate(
     progress: Tell = lambda stage, done, total: None,
     seed: int = 0,
     name: str = "",
+    place: Place = Place(),  # noqa: B008 (frozen, without state)
 ) -> Calibration:
     """Measure ``model``, whose weights stay as they are, bit for bit.
 
     requests: edits to measure with; those whose ``old_target`` the model gives come first, and
     where they are fewer than ``edits``, others fill up. None: facts of the packaged world.
     preserve: (prompt, answer) pairs to protect; None: everyday sentences and unrelated prompts of
-    requests that are not measured with. name: of the model, for people.
+    requests that are not measured with. name: of the model, for people. place: where edits act
+    on it.
 
     Raises:
         ValueError: if no module is known for a candidate, or there is no request.
@@ -83,10 +85,12 @@ def calibrate(
         raise ValueError("calibrate: no edits to measure with were given")
     asking = Backbone(model, tokenizer, names)
     chosen, known = known_first(asking, requests, edits, progress)
+    contexts = min(CONTEXTS, place.contexts)
     given = Given(
+        updater=dataclasses.replace(UPDATER, tokens=place.tokens, contexts=contexts),
         requests=tuple(chosen),
         preserve=tuple(preserve or unrelated(requests, chosen))[:PRESERVE],
-        contexts=draw_contexts(asking, UPDATER.contexts, seed),
+        contexts=draw_contexts(asking, contexts, seed),
         watched=tuple(drawn_pairs(asking, DRAWN, seed + 1)),
     )
     profiles: list[ModuleProfile] = []
@@ -106,9 +110,11 @@ def calibrate(
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What is measured with. requests: the edits; preserve: what the protection is fitted on;
-    contexts: what the edits are made behind; watched: unrelated prompts of all edits."""
+    """What is measured with. updater: that makes the edits; requests: the edits; preserve: what the
+    protection is fitted on; contexts: what the edits are made behind; watched: unrelated prompts of
+    all edits."""
 
+    updater: UpdaterConfig
     requests: tuple[EditRequest, ...]
     preserve: tuple[Pair, ...]
     contexts: tuple[str, ...]
@@ -177,7 +183,7 @@ def _profiles(backbone: Backbone, given: Given) -> Iterator[ModuleProfile]:
         some = backbone.names[at : at + LAYERS]
         part = Backbone(backbone.model, backbone.tokenizer, some)
         found = effects_apart(
-            Environment(part), _fitted(part, moments), given.requests,
+            Environment(part), _fitted(part, moments, given.updater), given.requests,
             contexts=given.contexts, watched=given.watched, at_once=BATCH,
         )  # fmt: skip
         for column, name in enumerate(some):
@@ -207,14 +213,17 @@ def sink_shares(backbone: Backbone, batches: Iterator[TokenBatch]) -> dict[str, 
     }
 
 
-def _fitted(backbone: Backbone, moments: Mapping[str, KeyMoments]) -> Updater:
-    updater = Updater(backbone.names, backbone.shape_groups(), UPDATER).to(backbone.device)
+def _fitted(
+    backbone: Backbone, moments: Mapping[str, KeyMoments], config: UpdaterConfig
+) -> Updater:
+    updater = Updater(backbone.names, backbone.shape_groups(), config).to(backbone.device)
     updater.fit_protection(moments)
     return updater
 
 
 def _steps(backbone: Backbone, given: Given, progress: Tell) -> list[StepProfile]:
-    updater = _fitted(backbone, key_moments(backbone, _batches(backbone, given.preserve)))
+    moments = key_moments(backbone, _batches(backbone, given.preserve))
+    updater = _fitted(backbone, moments, given.updater)
     selector = Selector(backbone.names, backbone.shape_groups(), SelectorConfig(kind="all"))
     env, requests, found = Environment(backbone), given.requests[:STEP_EDITS], []
     for number, eta in enumerate(ETAS):

@@ -11,6 +11,7 @@ from hiedit.calibration.profile import Calibration, ModuleProfile, StepProfile
 from hiedit.config import MethodConfig
 
 COUNT = 8  # modules that are edited
+FEWEST = 3  # that are to choose from; where sinks leave fewer, those that they own least are too
 LEAST_GAIN = 1 / 3  # of the best module's; what gains less is not worth what it moves
 SHARE = 0.5  # of a module's output power; where sinks hold more, they own it
 FREE = 1e-4  # nats; a price below it is as good as none
@@ -33,13 +34,13 @@ def choose(profiles: Sequence[ModuleProfile], count: int = COUNT) -> tuple[str, 
     """The names of at most ``count`` modules to edit, in the order of ``profiles``.
 
     Modules that sinks own are left out, and those that gain less than ``LEAST_GAIN`` of the best;
-    of the others those of the best ``worth`` stay. Where sinks own all of them, the least owned
-    stay; where nothing gains (a model that knows nothing), those that gain most.
+    of the others those of the best ``worth`` stay. Where fewer than ``FEWEST`` are left by sinks,
+    the least owned are taken in; where nothing gains (a model that knows nothing), those that gain
+    most stay.
     """
     sound = [p for p in profiles if math.isfinite(p.gain) and math.isfinite(p.price)]
-    free = [p for p in sound if not owned(p)]
-    if not free:
-        free = sorted(sound or profiles, key=lambda p: p.sink_ratio)[:count]
+    ranked = sorted(sound or profiles, key=lambda p: (owned(p), p.sink_ratio))
+    free = ranked[: max(FEWEST, sum(not owned(p) for p in ranked))]
     best = max(p.gain for p in free)
     enough = [p for p in free if p.gain >= LEAST_GAIN * best]
     by = worth if best > 0 else (lambda p: p.gain)
