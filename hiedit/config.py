@@ -145,7 +145,8 @@ class UpdaterConfig:
     clamp: of normalised signals, in standard deviations.
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
     at the positions that predict their answers or at all up to there (``preserve_tokens``), and on
-    ``own_text`` texts that the model writes by itself.
+    ``own_text`` texts that the model writes by itself; ``preserve_subjects``: how much more the
+    last tokens of the subjects in them weigh than all tokens together.
     absorb_in: the modules that protect the keys of an edit once it is committed: those that it
     ``touched``, or ``all``, because later edits that shift others disturb it there.
     lr: of the hypernetwork (Adam); lr_step: of the log step sizes and log ridges.
@@ -177,6 +178,7 @@ class UpdaterConfig:
     contexts: int | None = 0
     own_text: int = 0
     subject_alone: bool = False
+    preserve_subjects: float = 0.0
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
@@ -194,7 +196,15 @@ class UpdaterConfig:
             at_least("method.updater.clamp", self.clamp, 0, strict=True)
         if self.contexts is not None:
             at_least("method.updater.contexts", self.contexts, 0)
-        for key in ("absorb", "preserve", "lr", "lr_step", "phrasing", "own_text"):
+        for key in (
+            "absorb",
+            "preserve",
+            "lr",
+            "lr_step",
+            "phrasing",
+            "own_text",
+            "preserve_subjects",
+        ):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
         if self.phrasing and self.solver != "protected":
             raise ValueError(

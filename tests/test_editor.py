@@ -109,7 +109,7 @@ def test_another_editor_of_the_same_ledger_is_refused(tmp_path):
 
 def test_identical_requests_are_skipped_and_conflicts_named(tmp_path):
     other = dataclasses.replace(FRANCE, target="Nice")
-    with opened(tmp_path / "edits") as editor:
+    with opened(tmp_path / "edits", guard=Guard(max_kl=None, max_drift=None)) as editor:
         (edit,) = editor.edit([FRANCE])
         before = weights(editor)
         (done,) = editor.apply([FRANCE])
@@ -133,8 +133,9 @@ def test_identical_requests_are_skipped_and_conflicts_named(tmp_path):
     ids=["max_kl", "min_success"],
 )
 def test_a_guard_keeps_an_edit_out_and_says_why(tmp_path, guard, reason):
-    # The paraphrase is about something else: it cannot be answered by this edit.
-    request = dataclasses.replace(FRANCE, paraphrases=("To call Denmark, dial",))
+    # Held out, so it is asked and not edited; it is about something else, and not answered.
+    other = ("To call Denmark, dial",)
+    request = dataclasses.replace(FRANCE, paraphrases=other, heldout=other)
     with opened(tmp_path / "edits", guard=guard) as editor:
         base = weights(editor)
         (done,) = editor.apply([request])

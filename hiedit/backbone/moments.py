@@ -23,7 +23,8 @@ class KeyMoments(NamedTuple):
     moment: [I, I], mean of ``k k^T`` over the tokens counted that are no sinks. power: [], mean of
     ``|y|^2`` over the same. sinks: [s, I], an orthonormal basis of the sinks' keys, None where
     there are none. ratio: norm of the largest key over the median norm. typical: [], median of
-    ``|y|^2``, which a few large outputs do not move.
+    ``|y|^2``, which a few large outputs do not move. subjects: [I, I], mean of ``k k^T`` at the
+    last tokens of subjects, None where the batches do not say where these are.
     """
 
     moment: Tensor
@@ -31,6 +32,7 @@ class KeyMoments(NamedTuple):
     sinks: Tensor | None = None
     ratio: float = 1.0
     typical: Tensor | None = None
+    subjects: Tensor | None = None
 
 
 @torch.no_grad()
@@ -53,11 +55,17 @@ def key_moments(
     for batch in batches:
         where = batch.attention.bool()
         counted = where[where] if tokens is None else edit_tokens(batch, tokens)[where]
+        subject = None
+        if batch.subject is not None:
+            columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
+            subject = (columns == batch.subject[:, None])[where]
         with backbone.capture() as (inputs, outputs):
             backbone.answers(batch)
         for name, total in sums.items():
             keys = at_tokens(inputs[name], where, batch.attention).float()
             total.add(keys, at_tokens(outputs[name], where, batch.attention).float(), counted)
+            if subject is not None:
+                total.add_subjects(keys[subject])
         count += int(counted.sum())
     if count == 0:
         raise ValueError("key_moments: no prompts to preserve were given")
@@ -87,6 +95,13 @@ class _Sums:
         self.count, self.median, self.largest = 0, None, 0.0
         self.sinks: list[Tensor] = []
         self.outputs: list[Tensor] = []
+        self.subjects, self.subject_count = torch.zeros_like(self.moment), 0
+
+    def add_subjects(self, keys: Tensor) -> None:
+        """keys: [T, I], of the last tokens of subjects; after ``add`` of the same batch."""
+        ordinary = keys[keys.square().sum(-1) <= SINK**2 * self.median]
+        self.subjects += ordinary.T @ ordinary
+        self.subject_count += len(ordinary)
 
     def add(self, keys: Tensor, outputs: Tensor, counted: Tensor) -> None:
         """keys: [T, I]. outputs: [T, O]. counted: bool [T], what the moment is of."""
@@ -112,7 +127,8 @@ class _Sums:
         sinks = _basis(torch.cat(self.sinks), self.median) if self.sinks else None
         typical = torch.cat(self.outputs).median() if self.outputs else self.power
         moment, power = self.moment / count, self.power / count
-        return KeyMoments(moment, power, sinks, self.largest**0.5, typical)
+        named = self.subjects / self.subject_count if self.subject_count else None
+        return KeyMoments(moment, power, sinks, self.largest**0.5, typical, named)
 
 
 def _basis(keys: Tensor, ordinary: Tensor) -> Tensor:

@@ -125,9 +125,8 @@ def _generated(
                 attention_mask=attention.to(backbone.device),
                 max_new_tokens=counts[group[-1]],
             )
-        ends = _ends(backbone)
         for i, row in zip(group, out[:, ids.shape[1] :].tolist(), strict=True):
-            said[i] = _until_end(row[: counts[i]], ends)
+            said[i] = until_end(backbone, row[: counts[i]])
     return [said[i] for i in range(len(prompts))]
 
 
@@ -154,7 +153,13 @@ def _ends(backbone: Backbone) -> set[int]:
     return {i for n in named if n is not None for i in (n if isinstance(n, list) else [n])}
 
 
-def _until_end(ids: Sequence[int], ends: set[int]) -> tuple[int, ...]:
+def ends_text(backbone: Backbone, token: int) -> bool:
+    return token in _ends(backbone)
+
+
+def until_end(backbone: Backbone, ids: Sequence[int]) -> tuple[int, ...]:
+    """``ids`` up to the first that ends a text, with it."""
+    ends = _ends(backbone)
     stop = next((i + 1 for i, token in enumerate(ids) if token in ends), len(ids))
     return tuple(ids[:stop])
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.evaluation.metrics import continuations, decide
+from hiedit.evaluation.metrics import continuations, decide, ends_text, until_end
 from hiedit.evaluation.reading import Path, Reading, paths, read
 from hiedit.evaluation.scores import SCORES, Scores
 from hiedit.evaluation.words import Match
@@ -166,47 +166,66 @@ class StreamProbe:
         return found
 
     def _neighbours(self) -> list[Neighbour]:
-        backbone, tokenizer = self.backbone, self.backbone.tokenizer
-        places = [(i, p) for i, r in enumerate(self.requests) for p in r.locality]
-        golds = [(p.prompt, p.answer) for _, p in places]
-        gold = _some(tokenizer, golds, after=True)
+        tokenizer, requests = self.backbone.tokenizer, self.requests
+        places = [(i, p) for i, r in enumerate(requests) for p in r.locality]
+        pairs = [(p.prompt, p.answer) for _, p in places]
+        gold = _some(tokenizer, pairs, after=True)
         counts = [UNGUIDED if g is None else len(g.answer) for g in gold]
-        said = continuations(backbone, [p for p, _ in golds], counts, self.batch)
-        best, said = self._remember(said)
-        known = iter(self._gives([p for p in golds if p[1]], [g for g in gold if g]))
+        vocabulary = self.backbone.model.get_output_embeddings().weight.shape[0]
+        every = max(1, -(-sum(counts) * vocabulary // KEPT))  # of how many prompts one is kept
+        keep = [k % every == 0 for k in range(len(places))]
+        given, said = self._gold(pairs, gold, keep)
+        left = [k for k in range(len(places)) if k not in said]
+        said |= zip(left, self._continued(pairs, counts, keep, left), strict=True)
         old = [
             # a neighbour in CounterFact's sense: the old answer is true of it
-            (p.prompt, p.answer if p.answer == self.requests[i].old_target else None)
+            (p.prompt, p.answer if p.answer == requests[i].old_target else None)
             for i, p in places
         ]
-        new = paths(tokenizer, [(p.prompt, self.requests[i].target) for i, p in places])
+        new = paths(tokenizer, [(p.prompt, requests[i].target) for i, p in places])
         rivals = _rivals(tokenizer, old, new)
-        seen: set[int] = set()
-        found = []
-        for k, (i, _) in enumerate(places):
-            kept = gold[k] if gold[k] is not None and next(known) else None
-            fresh, former = rivals[k]
-            found.append(
-                Neighbour(
-                    i, golds[k], said[k], best[k], kept, gold[k] is not None,
-                    None if former is None else fresh, former, i not in seen,
-                )
-            )  # fmt: skip
-            seen.add(i)
-        return found
+        first = {i: k for k, (i, _) in reversed(list(enumerate(places)))}
+        return [
+            Neighbour(
+                owner=i,
+                pair=pairs[k],
+                said=said[k][0],
+                best=said[k][1],
+                gold=gold[k] if k in given else None,
+                asked=gold[k] is not None,
+                new=rivals[k][0] if rivals[k][1] else None,
+                old=rivals[k][1],
+                first=first[i] == k,
+            )
+            for k, (i, _) in enumerate(places)
+        ]
 
-    def _gives(self, pairs, asked: list[Path]) -> list[bool]:
-        matches = decide(self.backbone, pairs, read(self.backbone, asked, self.batch), self.batch)
-        return [bool(m.begins) for m in matches]
-
-    def _remember(self, said: list[Path]) -> tuple[list[tuple[int, ...]], list[Path]]:
-        """What is read along ``said``, and the same paths with the log-probabilities there."""
-        vocabulary = self.backbone.model.get_output_embeddings().weight.shape[0]
-        every = max(1, -(-sum(len(p.answer) for p in said) * vocabulary // KEPT))
-        asked = [Path(p.ids, p.start, keep=k % every == 0) for k, p in enumerate(said)]
+    def _gold(self, pairs, gold: list[Path | None], keep: list[bool]):
+        """Which gold answers the unedited model gives; and by place what it says instead, with
+        what is read along it, where that is seen without going on."""
+        there = [k for k, path in enumerate(gold) if path is not None]
+        asked = [replace(gold[k], keep=keep[k]) for k in there]
         found = read(self.backbone, asked, self.batch)
-        best = [r.best for r in found]
-        return best, [Path(r.path.ids, r.path.start, reference=r.kept) for r in found]
+        matches = decide(self.backbone, [pairs[k] for k in there], found, self.batch)
+        given = {k for k, m in zip(there, matches, strict=True) if m.begins}
+        said = {}
+        for k, reading in zip(there, found, strict=True):
+            path, hits = reading.path, reading.hits
+            right = next((i for i, hit in enumerate(hits) if not hit), len(hits))
+            best = until_end(self.backbone, reading.best[: right + 1][: len(hits)])
+            if len(best) == len(hits) or ends_text(self.backbone, best[-1]):
+                kept = reading.kept[: len(best)].clone() if keep[k] else None
+                ids = path.ids[: path.start] + best
+                said[k] = Path(ids, path.start, reference=kept), best
+        return given, said
+
+    def _continued(self, pairs, counts, keep, left: list[int]) -> list[tuple[Path, tuple]]:
+        """What the model says after the prompts ``left``, and what is read along it."""
+        prompts = [pairs[k][0] for k in left]
+        said = continuations(self.backbone, prompts, [counts[k] for k in left], self.batch)
+        asked = [replace(path, keep=keep[k]) for path, k in zip(said, left, strict=True)]
+        found = read(self.backbone, asked, self.batch)
+        return [(replace(r.path, keep=False, reference=r.kept), r.best) for r in found]
 
 
 Found = Mapping[Path, Reading]

@@ -20,12 +20,14 @@ from safetensors.torch import load_file, save_file
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.moments import KeyMoments, key_moments
+from hiedit.data.subjects import find_subject
 from hiedit.data.tokens import encode
 from hiedit.models.cache import cache_dir
 from hiedit.models.identity import fingerprint
 from hiedit.types import TokenBatch
 
 Pair = tuple[str, str]
+FORMAT = 2  # of the files
 BATCH = 64  # sentences in one forward pass
 WORTH = 20_000_000  # parameters; a smaller model is measured before a file is read
 Tell = Callable[[int, int], None]  # sentences done, of how many
@@ -58,13 +60,15 @@ def _batches(backbone: Backbone, pairs: Sequence[Pair], tell: Tell) -> Iterator[
         pairs = sorted(pairs, key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), BATCH):
         tell(start, len(pairs))
-        batch = encode(backbone.tokenizer, list(pairs[start : start + BATCH]), padding_side="left")
+        some = list(pairs[start : start + BATCH])
+        spans = [find_subject(prompt) for prompt, _ in some]
+        batch = encode(backbone.tokenizer, some, padding_side="left", subjects=spans)
         yield batch.to(backbone.device)
     tell(len(pairs), len(pairs))
 
 
 def _key(backbone: Backbone, pairs: Sequence[Pair], tokens: str) -> str:
-    said = json.dumps([sorted(map(list, pairs)), tokens])
+    said = json.dumps([FORMAT, sorted(map(list, pairs)), tokens])
     return hashlib.sha256((fingerprint(backbone.model) + said).encode()).hexdigest()[:24]
 
 
@@ -73,7 +77,7 @@ def _read(path: Path) -> KeyMoments | None:
         parts = load_file(path)
         return KeyMoments(
             parts["moment"], parts["power"], parts.get("sinks"), float(parts["ratio"]),
-            parts["typical"],
+            parts["typical"], parts.get("subjects"),
         )  # fmt: skip
     except (OSError, SafetensorError, KeyError):
         return None
@@ -82,8 +86,9 @@ def _read(path: Path) -> KeyMoments | None:
 def _write(path: Path, moments: KeyMoments) -> None:
     parts = {"moment": moments.moment, "power": moments.power, "typical": moments.typical}
     parts["ratio"] = torch.tensor(moments.ratio)
-    if moments.sinks is not None:
-        parts["sinks"] = moments.sinks
+    for name in ("sinks", "subjects"):
+        if (part := getattr(moments, name)) is not None:
+            parts[name] = part
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError, SafetensorError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -264,6 +264,12 @@ class Updater(nn.Module):
         for group in self.groups:
             group.power.copy_(torch.stack([power[n] for n in group.names]))
 
+    def _protected(self, moments: KeyMoments) -> Tensor:
+        """[I, I]: what of a module's keys is kept away from."""
+        if not self.config.preserve_subjects or moments.subjects is None:
+            return moments.moment
+        return moments.moment + self.config.preserve_subjects * moments.subjects
+
     def fit_protection(
         self,
         moments: Mapping[str, tuple],
@@ -274,7 +280,7 @@ class Updater(nn.Module):
         for group in self.groups:
             if group.protection is None:
                 continue
-            second = torch.stack([moments[n][0] for n in group.names])
+            second = torch.stack([self._protected(KeyMoments(*moments[n])) for n in group.names])
             robust = self.config.step in ("relative", "joint")
             power = torch.stack(
                 [moments[n].typical if robust else moments[n][1] for n in group.names]
