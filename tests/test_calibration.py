@@ -19,6 +19,7 @@ from hiedit.calibration import (
     calibrated,
     choose,
     choose_step,
+    eligible,
     fingerprint,
     place,
     read,
@@ -218,6 +219,7 @@ def test_a_module_that_a_sink_owns_is_left_out(layer):
     assert ratios.pop(DOWN.format(layer)) > 50 and max(ratios.values()) < 5
     assert shares.pop(DOWN.format(layer)) > 0.9
     assert DOWN.format(layer) not in found.modules and found.modules
+    assert [math.isnan(p.gain) for p in found.profiles] == [i == layer for i in range(LAYERS)]
     assert same(weights(model), before)
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -235,7 +237,8 @@ def test_the_world_is_measured(monkeypatch):
     assert found.known == found.edits == 2 and found.model == "world"
     assert found.fingerprint == fingerprint(model)
     assert [p.name for p in found.profiles] == [DOWN.format(i) for i in range(8)]
-    assert all(math.isfinite(p.gain) and p.price >= -1e-6 for p in found.profiles)
+    finite = [p for p in found.profiles if math.isfinite(p.gain)]
+    assert finite == eligible(found.profiles) and all(p.price >= -1e-6 for p in finite)
     assert max(p.gain for p in found.profiles if p.name in found.modules) > 0.1
     assert [s.eta for s in found.steps] == list(measuring.ETAS) and found.eta in measuring.ETAS
     assert max(s.success for s in found.steps) > 0.4

@@ -16,7 +16,7 @@ from hiedit.calibration.profile import (
     read,
     write,
 )
-from hiedit.calibration.rules import calibrated, choose, choose_step, owned
+from hiedit.calibration.rules import calibrated, choose, choose_step, eligible, owned
 from hiedit.models.identity import fingerprint
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "calibrated",
     "choose",
     "choose_step",
+    "eligible",
     "fingerprint",
     "owned",
     "place",

@@ -9,6 +9,7 @@ is computed once for all.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +24,7 @@ from hiedit.backbone.model import Backbone, at_tokens
 from hiedit.backbone.modules import candidates, linear_layers
 from hiedit.backbone.moments import SINK, KeyMoments, key_moments
 from hiedit.calibration.profile import Calibration, ModuleProfile, StepProfile
-from hiedit.calibration.rules import choose, choose_step
+from hiedit.calibration.rules import choose, choose_step, eligible
 from hiedit.config import PassesConfig, Place, SelectorConfig, UpdaterConfig
 from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
@@ -47,7 +48,7 @@ PASSES = PassesConfig(max=10, target_probability=0.8)
 ETAS = (0.1, 0.2, 0.3, 0.45)
 STEP_EDITS = 6  # of which every step size is tried
 PRESERVE = 256  # sentences that the protection is fitted on
-DRAWN = 4  # texts from the model itself among the prompts that a price is measured on
+DRAWN = 2  # texts from the model itself among the prompts that a price is measured on
 ASKED = 768  # facts that are asked at most to find those that the model knows
 BATCH = 64  # sequences in a forward pass
 LAYERS = 6  # modules whose effects are measured at a time
@@ -94,10 +95,12 @@ def calibrate(
         watched=tuple(drawn_pairs(asking, DRAWN, seed + 1)),
     )
     profiles: list[ModuleProfile] = []
+
+    def measured(modules: int) -> None:
+        progress("effects", modules, len(names))
+
     for group in _groups(model, names):
-        for profile in _profiles(Backbone(model, tokenizer, group), given):
-            profiles.append(profile)
-            progress("effects", len(profiles), len(names))
+        profiles += _profiles(Backbone(model, tokenizer, group), given, measured, len(profiles))
     modules = choose(profiles)
     steps = _steps(Backbone(model, tokenizer, modules), given, progress)
     return Calibration(
@@ -175,23 +178,33 @@ def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _profiles(backbone: Backbone, given: Given) -> Iterator[ModuleProfile]:
-    """Of every module of ``backbone``."""
+def _profiles(
+    backbone: Backbone, given: Given, measured: Callable[[int], None], before: int
+) -> list[ModuleProfile]:
+    """Of every module of ``backbone``; effects of those alone that may be chosen. measured: told
+    how many modules are done, ``before`` of them by an earlier call."""
     moments = key_moments(backbone, _batches(backbone, given.preserve))
     shares = sink_shares(backbone, _batches(backbone, given.preserve[:BATCH]))
-    for at in range(0, len(backbone.names), LAYERS):
-        some = backbone.names[at : at + LAYERS]
+    found = {
+        n: ModuleProfile(
+            name=n, sink_ratio=float(moments[n].ratio), sink_share=shares[n],
+            gain=math.nan, price=math.nan,
+        )
+        for n in backbone.names
+    }  # fmt: skip
+    names = [p.name for p in eligible(list(found.values()))]
+    for at in range(0, len(names), LAYERS):
+        some = names[at : at + LAYERS]
         part = Backbone(backbone.model, backbone.tokenizer, some)
-        found = effects_apart(
+        effects = effects_apart(
             Environment(part), _fitted(part, moments, given.updater), given.requests,
             contexts=given.contexts, watched=given.watched, at_once=BATCH,
         )  # fmt: skip
-        for column, name in enumerate(some):
-            gain, price = (effect[:, column].mean().item() for effect in found)
-            yield ModuleProfile(
-                name=name, sink_ratio=float(moments[name].ratio), sink_share=shares[name],
-                gain=gain, price=price,
-            )  # fmt: skip
+        for name, gain, price in zip(some, *(e.mean(0).tolist() for e in effects), strict=True):
+            found[name] = dataclasses.replace(found[name], gain=gain, price=price)
+        measured(before + backbone.names.index(some[-1]) + 1)
+    measured(before + len(backbone.names))
+    return list(found.values())
 
 
 @torch.no_grad()

@@ -24,6 +24,14 @@ def owned(profile: ModuleProfile) -> bool:
     return profile.sink_ratio >= SINK or profile.sink_share > SHARE
 
 
+def eligible(profiles: Sequence[ModuleProfile]) -> list[ModuleProfile]:
+    """Those that may be chosen, in their order: no sink owns them, or where fewer than ``FEWEST``
+    are left, sinks own them least."""
+    ranked = sorted(profiles, key=lambda p: (owned(p), p.sink_ratio))
+    free = ranked[: max(FEWEST, sum(not owned(p) for p in ranked))]
+    return [p for p in profiles if p in free]
+
+
 def worth(profile: ModuleProfile) -> float:
     """Gain over root price: a shift of twice the size has twice the gain and four times the
     price, so it does not depend on the step that was measured with."""
@@ -33,14 +41,12 @@ def worth(profile: ModuleProfile) -> float:
 def choose(profiles: Sequence[ModuleProfile], count: int = COUNT) -> tuple[str, ...]:
     """The names of at most ``count`` modules to edit, in the order of ``profiles``.
 
-    Modules that sinks own are left out, and those that gain less than ``LEAST_GAIN`` of the best;
-    of the others those of the best ``worth`` stay. Where fewer than ``FEWEST`` are left by sinks,
-    the least owned are taken in; where nothing gains (a model that knows nothing), those that gain
-    most stay.
+    Of the ``eligible`` ones, those are left out that gain less than ``LEAST_GAIN`` of the best; of
+    the others those of the best ``worth`` stay. Where nothing gains (a model that knows nothing),
+    those that gain most.
     """
     sound = [p for p in profiles if math.isfinite(p.gain) and math.isfinite(p.price)]
-    ranked = sorted(sound or profiles, key=lambda p: (owned(p), p.sink_ratio))
-    free = ranked[: max(FEWEST, sum(not owned(p) for p in ranked))]
+    free = eligible(sound or profiles)
     best = max(p.gain for p in free)
     enough = [p for p in free if p.gain >= LEAST_GAIN * best]
     by = worth if best > 0 else (lambda p: p.gain)

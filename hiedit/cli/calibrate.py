@@ -110,4 +110,4 @@ def _layer(name: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "none"
+    return f"{value:.4f}" if math.isfinite(value) else "-"
