@@ -30,7 +30,7 @@ help: ## this list
 
 setup: $(STAMP) ## .venv with HiEdit, its extension and all that demo and test need
 
-demo: $(STAMP) ## train an editor on the embedded world, edit it 200 times, show the table
+demo: $(STAMP) ## edit SmolLM2-135M 50 times, show the table (ARGS=--world: a small embedded model)
 	@$(BIN)/hiedit demo $(ARGS)
 
 test: $(STAMP) ## the test suite

@@ -36,7 +36,7 @@ from benchmarks.published_edit import DenseProtected, PublishedEditor  # noqa: E
 from benchmarks.timing import alternate, machine, medians, options, prepared, table  # noqa: E402
 from benchmarks.train_step import as_request, word_tokenizer  # noqa: E402
 from hiedit.backbone.model import Backbone  # noqa: E402
-from hiedit.config import MethodConfig  # noqa: E402
+from hiedit.config import MethodConfig, PassesConfig, UpdaterConfig  # noqa: E402
 from hiedit.methods import build_method, load_method  # noqa: E402
 from hiedit.types import EditBatch  # noqa: E402
 
@@ -46,13 +46,22 @@ Edits = Sequence[TokenisedEdit]
 
 
 def method_of(row: str, rank: int) -> MethodConfig:
-    """Ours with the published settings, signals not clamped; ``protected`` as configured."""
+    """Ours with the published settings, signals not clamped; ``protected``: protected least squares
+    at the answer's tokens, which is what ``published_edit.py`` writes out."""
     if row == "protected":
-        return load_method("closed-form")
+        plain = UpdaterConfig(tokens="answer", eta=0.1)
+        return MethodConfig(updater=plain, passes=PassesConfig(max=10, target_probability=0.8))
     solver, tokens, blocks = KINDS[row]
     paper = load_method("hiedit-paper")
     updater = replace(
-        paper.updater, solver=solver, tokens=tokens, rank=rank, blocks=blocks, eta=1e-6, clamp=None
+        paper.updater,
+        solver=solver,
+        tokens=tokens,
+        rank=rank,
+        blocks=blocks,
+        eta=1e-6,
+        clamp=None,
+        step="gradient",
     )
     return replace(paper, updater=updater)
 

@@ -373,7 +373,8 @@ class EvaluateConfig:
     """Measuring: at ``points`` moments of the stream; retention looks at the earliest
     ``retention_share`` of the edits; ``batch`` sequences a forward pass. immediate: also ask about
     every edit once it is made. neutral: a file of texts for the perplexity; null: our own. guard:
-    keep the default bounds (null: where the model is a real one)."""
+    keep the default bounds (null: where the model is a real one). everyday: prompts that have
+    nothing to do with the edits, asked before the stream and after it, for people to read."""
 
     points: int = 5
     retention_share: float = 0.25
@@ -382,6 +383,7 @@ class EvaluateConfig:
     immediate: bool = False
     neutral: str | None = None
     guard: bool | None = None
+    everyday: list[str] = field(default_factory=list)
 
     def __post_init__(self):
         for key, least in (("points", 1), ("batch", 1), ("examples", 0)):

@@ -47,6 +47,8 @@ from hiedit.updaters.memory import keys_to_keep, load_lifelong_state, statistics
 from hiedit.watch import Watch
 from hiedit.world.preserve import preservation_pairs
 
+COMMON_FACTS = 1000  # prompts about countries, cities, elements, ..., for their subjects
+
 
 class Editor:
     """A model, a method and a ledger. Made by ``from_pretrained``; a context manager.
@@ -115,7 +117,7 @@ class Editor:
             guard: limits that every edit must keep; None: the default ones, see ``Guard``.
             dtype: of the weights; ``auto``: that of ``configs/model``, else the checkpoint's.
             preserve: (prompt, answer) pairs of knowledge to protect and to watch; None: facts of
-                the world for ``world``, else everyday sentences.
+                the world for ``world``, else everyday sentences and ``COMMON_FACTS`` of the world.
             loader, open_ledger: load a model by name and open its ledger in another way, as over
                 several ranks.
 
@@ -149,7 +151,8 @@ class Editor:
         measurable = calibrate and policy is None and loader is load_backbone
         backbone, found = prepared(backbone, ledger, modules is None and measurable, str(model))
         if preserve is None:
-            preserve = preservation_pairs()[0] if world else NEUTRAL
+            facts = preservation_pairs()[0]
+            preserve = facts if world else (*NEUTRAL, *facts[:COMMON_FACTS])
         if policy:
             parts = load_editor(backbone, policy, seed)
             if parts.config.selector.kind == "shuffled":

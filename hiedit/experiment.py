@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -35,6 +36,9 @@ from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.types import EditRequest
 from hiedit.world import split_facts, world_requests, world_stream
 from hiedit.world.preserve import preservation_pairs
+
+KNOWN = "known"  # a dataset that a run makes by asking its model, see hiedit/known.py
+PRESERVE = "preserve.json"  # beside train.json and stream.json: knowledge to protect
 
 
 @dataclass(frozen=True)
@@ -144,6 +148,11 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
     """
     if dataset.path == WORLD:
         return _world_data(stream, seed)
+    if dataset.path == KNOWN:
+        raise ValueError(
+            "dataset.path='known': the model is asked by a run in one process or on Ray with whole "
+            "replicas; its RUN_DIR/known is then a dataset.path for any other"
+        )
     path = Path(dataset.path)
     skipped = 0
     if path.is_dir() or dataset.stream_path:
@@ -157,8 +166,30 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
         shares = (stream.train_share, 1 - stream.train_share)
         train, held = splits(records, shares, stream.seed)
     chosen = EditStream(held, stream).requests
-    preserve = tuple((p.prompt, p.answer) for r in train for p in r.locality if p.answer)
+    own = _kept(path / PRESERVE) if (path / PRESERVE).is_file() else ()
+    preserve = own or knowledge_in(train, chosen)
     return Data(tuple(train), chosen, preserve, skipped)
+
+
+def knowledge_in(
+    train: Sequence[EditRequest], stream: Sequence[EditRequest]
+) -> tuple[tuple[str, str], ...]:
+    """What the records of ``train`` say of things as they are, as (prompt, answer): their unrelated
+    prompts, then what their own prompts had for an answer. Nothing that ``stream`` asks is among
+    it: what is measured must not have been protected by name."""
+    asked = {p for r in stream for p in (r.prompt, *r.paraphrases, *r.heldout)}
+    asked |= {place.prompt for r in stream for place in r.locality}
+    near = [(p.prompt, p.answer) for r in train for p in r.locality if p.answer]
+    own = [(r.prompt, r.old_target) for r in train if r.old_target]
+    return tuple({p: answer for p, answer in (*near, *own) if p not in asked}.items())
+
+
+def _kept(path: Path) -> tuple[tuple[str, str], ...]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+        return tuple((str(prompt), str(answer)) for prompt, answer in rows)
+    except (ValueError, TypeError):
+        raise ValueError(f"{path}: it must be a list of [prompt, answer] pairs") from None
 
 
 def _records(path: Path, dataset: DatasetConfig) -> tuple[tuple[EditRequest, ...], int]:
@@ -221,7 +252,11 @@ def train_method(
     and resumes ``checkpoints``."""
     hooks.stage("prepare")
     requests = training_requests(backbone, data, method, train, seed)
-    parts = build_method(backbone, method, requests, data.preserve, seed)
+    preserve = data.preserve
+    if method.objective.kind != "none":  # what is edited in training must not be kept as it is
+        edited = {r.prompt for r in requests}
+        preserve = tuple(pair for pair in preserve if pair[0] not in edited)
+    parts = build_method(backbone, method, requests, preserve, seed)
     if not (parts.learned and train.edits):
         return parts, []
     hooks.stage("start" if trainer else "train")

@@ -181,7 +181,9 @@ def fit_protection(
             backbone,
             pairs,
             updater.config.preserve_tokens,
-            lambda done, total: progress.show(Update("protection", "measuring keys", done, total)),
+            lambda done, total: progress.show(
+                Update("protection", "measuring keys", done, total, unit="texts")
+            ),
         )
     scatter = None
     if facts:
@@ -197,7 +199,9 @@ def _own(backbone: Backbone, config: MethodConfig) -> tuple[Pair, ...]:
         return own_text(
             backbone,
             config.updater.own_text,
-            tell=lambda done, total: progress.show(Update("protection", "own text", done, total)),
+            tell=lambda done, total: progress.show(
+                Update("protection", "own text", done, total, unit="texts")
+            ),
         )
 
 

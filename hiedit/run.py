@@ -26,6 +26,7 @@ from hiedit.evaluation.lifelong import StreamProbe, with_training
 from hiedit.evaluation.report import report
 from hiedit.evaluation.results import MethodResult, write_results
 from hiedit.experiment import (
+    KNOWN,
     Data,
     Hooks,
     check_modules,
@@ -34,6 +35,7 @@ from hiedit.experiment import (
     run_method,
     train_method,
 )
+from hiedit.known import asked
 from hiedit.methods import Method, load_editor, read_editor, save_editor
 from hiedit.parallel import cores, run_jobs
 from hiedit.progress import Progress, Update
@@ -94,7 +96,7 @@ def run(
         config = named_already(config, editor)
     _check(config, out, editor)
     if task is None:
-        config = measured(config)
+        config = asked(measured(config), any(m and learns(config, m) for m in methods))
     write_config(out, config)
     if task is not None:
         jobs = 1
@@ -116,7 +118,7 @@ def run(
 
             trained = train_on_ray(config, rays, receive) if rays else {}
             tasks = [(config, m, editor_place(config, m) if m in rays else editor) for m in methods]
-            done = run_jobs(task or run_task, tasks, jobs, receive)
+            done = _longest_first(config, task or run_task, tasks, jobs, receive)
         results, histories = _joined(done, trained)
         paths = _save(out, config, results, histories)
         tracker.results(results, baseline=_baseline(results))
@@ -127,6 +129,18 @@ def run(
         for path in paths:
             print(f"  {path}")
     return results
+
+
+def _longest_first(config: RunConfig, work: Callable, tasks: list, jobs: int, send: Send) -> list:
+    """``run_jobs``, those methods first that train here; results in the order of ``tasks``."""
+
+    def trains(index: int) -> bool:
+        _, method, editor = tasks[index]
+        return bool(method) and not editor and learns(config, method)
+
+    order = sorted(range(len(tasks)), key=trains, reverse=True) if jobs > 1 else range(len(tasks))
+    done = dict(zip(order, run_jobs(work, [tasks[i] for i in order], jobs, send), strict=True))
+    return [done[i] for i in range(len(tasks))]
 
 
 def run_task(
@@ -328,13 +342,16 @@ def _check(config: RunConfig, out: Path, editor: str | None) -> None:
     if editor:
         read_editor(editor, modules)
     neutral_texts(config.evaluate.neutral)
+    about = f"model {config.model.name}, {len(modules)} editable modules"
+    about += "" if config.model.modules else " by default"
+    if config.dataset.path == KNOWN:
+        print(about, flush=True)
+        return
     data = load_data(config.dataset, config.stream, config.seed)
     skipped = f" ({data.skipped} malformed rows skipped)" if data.skipped else ""
     print(
-        f"model {config.model.name}, {len(modules)} editable modules"
-        f"{'' if config.model.modules else ' by default'}; records "
-        f"{config.dataset.name}: {len(data.train)} for training{skipped}, stream of "
-        f"{len(data.stream)} held-out edits, {config.stream.n_edits} per step",
+        f"{about}; records {config.dataset.name}: {len(data.train)} for training{skipped}, stream "
+        f"of {len(data.stream)} held-out edits, {config.stream.n_edits} per step",
         flush=True,
     )
 

@@ -52,8 +52,10 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class DatasetConfig:
-    """path: ``world`` for the embedded facts, else a JSON/JSONL file (split by subject into
-    training and stream), or a directory that holds ``train.json`` and ``stream.json``.
+    """path: ``world`` for the embedded facts, ``known`` for those of them that the model knows (it
+    is asked first), else a JSON/JSONL file (split by subject into training and stream), or a
+    directory that holds ``train.json`` and ``stream.json``, and may hold ``preserve.json``: a list
+    of [prompt, answer] to protect (without it: the unrelated prompts of the training records).
     stream_path: a file of its own for the stream. schema: null recognises it from its fields.
     """
 

@@ -47,6 +47,10 @@ class EditRequest:
     old_target: str | None = None
     relation: str | None = None
 
+    def unaided(self) -> EditRequest:
+        """The same without paraphrases: an editor that is measured is given the prompt alone."""
+        return dataclasses.replace(self, paraphrases=()) if self.paraphrases else self
+
     def __post_init__(self):
         for name in ("prompt", "target"):
             value = getattr(self, name)

@@ -36,7 +36,7 @@ Sequences = list[tuple[list[int], int]]  # tokens, and how many of the first are
 
 class Watch:
     """The watched tokens of one environment; what the base model says to them is found out at the
-    first measurement, under its weights, and kept in memory (two [M, V] in single precision).
+    first measurement, under its weights, and kept in memory (three [M, V] in single precision).
 
     prompts: those to draw from, beside the everyday ones. seed: of the model's own texts.
     """

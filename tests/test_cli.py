@@ -49,7 +49,7 @@ def mistake(result, *parts: str) -> str:
     ("command", "parts"),
     [
         ([], ["demo", "evaluate", "doctor", "world", "launch/train.py"]),
-        (["demo"], ["embedded world", "--edits", "--methods", "--jobs", "200"]),
+        (["demo"], ["SmolLM2-135M", "embedded world", "--edits", "--methods", "--jobs", "200"]),
         (["evaluate"], ["--model", "--dataset", "--skip-bad-rows", "training-free", "closed-form"]),
         (["doctor"], ["what to do about what is missing"]),
         (["world", "build"], ["--seed", "--steps", "15 minutes"]),
@@ -125,7 +125,7 @@ def test_a_run_directory_that_cannot_be_written(call, tmp_path):
 def test_mistakes_of_demo(call):
     mistake(call("demo", "--methods", "no-edit,hiedt"), "method='hiedt'", "did you mean 'hiedit'")
     mistake(call("demo", "--methods", ","), "names no method")
-    mistake(call("demo", "--train", "-1"), "train.edits=-1")
+    mistake(call("demo", "--world", "--train", "-1"), "train.edits=-1")
 
 
 def test_a_killed_worker_is_one_line(call, monkeypatch):
@@ -133,7 +133,7 @@ def test_a_killed_worker_is_one_line(call, monkeypatch):
         raise WorkerDied("one of 2 processes was killed")
 
     monkeypatch.setattr(run, "run", killed)
-    assert mistake(call("demo"), "was killed").count("\n") == 0
+    assert mistake(call("demo", "--world"), "was killed").count("\n") == 0
 
 
 def test_train_py_refuses_an_unknown_key(root, tmp_path):

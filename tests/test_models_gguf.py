@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hiedit import Editor, EditRequest
 from hiedit.experiment import load_backbone
+from hiedit.guard import Guard
 from hiedit.models import convert as converting
 from hiedit.models import converted, resolve
 from hiedit.models.header import read_header
@@ -88,7 +89,10 @@ def test_a_file_is_edited_reverted_and_exported(file, tmp_path):
     requests = [EditRequest("The capital of France is", "Lyon"),
                 EditRequest("The river of Rome is the", "Rhone")]  # fmt: skip
     with Editor.from_pretrained(
-        str(file), method=str(tmp_path / "closed.yaml"), ledger=tmp_path / "ledger"
+        str(file),
+        method=str(tmp_path / "closed.yaml"),
+        ledger=tmp_path / "ledger",
+        guard=Guard(max_kl=None, max_drift=None),
     ) as editor:
         before = {n: m.weight.clone() for n, m in editor._env.backbone.modules.items()}
         ids = editor.edit(requests)
@@ -114,7 +118,8 @@ def test_a_file_goes_wherever_a_model_is_expected_on_the_command_line(file, tmp_
     rows = write(tmp_path / "rows.jsonl", {"prompt": "The capital of France is", "target": "Lyon"})
     ledger, model = tmp_path / "ledger", ["--model", file]
     method = ["--method", tmp_path / "closed.yaml"]
-    good(call("edit", *model, "--input", rows, "--ledger", ledger, *method))
+    free = ["--max-kl", "none", "--max-drift", "none"]  # of a model that knows nothing
+    good(call("edit", *model, "--input", rows, "--ledger", ledger, *method, *free))
     assert "1 edit" in good(call("verify", "--ledger", ledger, *model))
     good(call("export", "--ledger", ledger, *model, "--format", "merged", "--out", tmp_path / "m"))
     assert AutoModelForCausalLM.from_pretrained(tmp_path / "m").config.model_type == "qwen2"

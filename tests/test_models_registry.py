@@ -217,5 +217,5 @@ def test_the_real_model_knows_its_capitals():
     assert model.dtype == torch.float32 and not hasattr(model.config, "quantization_config")
     assert sum(p.numel() for p in model.parameters()) == KNOWN[REAL].parameters
     backbone = Backbone(model, tokenizer, configured_model(REAL)["modules"])
-    assert len(backbone.names) == 8
+    assert len(backbone.names) == 12
     assert generate(backbone, ["The capital of France is"])[0].startswith("Paris")

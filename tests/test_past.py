@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 
 import pytest
@@ -18,8 +17,11 @@ from hiedit.backbone.model import Backbone
 from hiedit.backbone.signals import Probe, edit_tokens
 from hiedit.config import MethodConfig, from_mapping
 from hiedit.data.tokens import encode
+from hiedit.experiment import load_backbone
 from hiedit.methods import build_method
+from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest, Shift
+from hiedit.world.preserve import preservation_pairs
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -31,8 +33,11 @@ LAST = ["model.layers.{2-3}.mlp.down_proj"]
 # Of random_sequences(): inside, nowhere (then where the answer is predicted), at the second token,
 # at the first.
 PLACES = (4, None, 1, 0)
-PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
-OSLO = EditRequest("In old Oslo one", "eats", subject="Oslo")
+NAMIBIA = EditRequest(
+    "On the map, Namibia is found in", "South America", subject="Namibia", old_target="Africa"
+)
+NIGER = EditRequest("On a globe, Niger lies on the continent of", "Asia", subject="Niger")
+SURE = 0.004  # hundreds of times what the world's model thinks of it
 
 architectures = pytest.mark.parametrize("architecture", ["llama", "mistral", "qwen2"])
 sides = pytest.mark.parametrize("side", ["left", "right"])
@@ -68,9 +73,8 @@ def probes(backbone, batch, shifts):
     assert past is not None and len(past.memory) == 4 - backbone.prefix.depth
     with backbone.shifted(shifts), backbone.capture() as (inputs, _):
         backbone.answers(batch, past)
-        rows = {x.shape[1] for x in inputs.values()}
-        kept = (past.batch.labels != -100).sum()
-        assert rows <= {int((batch.attention.bool() & ~before(batch)).sum()), int(kept)}
+        assert {x.shape[1] for x in inputs.values()} == {int(past.rest.attention.sum())}
+        assert torch.equal(past.rest.attention.bool(), batch.attention.bool() & ~before(batch))
     with backbone.shifted(shifts):
         return Probe(backbone, batch, 3, "subject", past), Probe(backbone, batch, 3, "subject")
 
@@ -117,12 +121,10 @@ def test_a_probe_is_that_of_the_whole_prompts(architecture, side, modules, kept,
     assert_equal_probes(*probes(backbone, batch, {}))
     shifts = blind_shifts(backbone, batch)
     assert_equal_probes(*probes(backbone, batch, shifts))
+    plain = backbone.answers(batch).logits
     with backbone.shifted(shifts):
-        moved = (
-            backbone.answers(batch).logits - Backbone(model, None, modules).answers(batch).logits
-        )
+        assert (backbone.answers(batch).logits - plain).abs().max() > 0.01
     assert hooks(model) == count and model.config._attn_implementation == "sdpa"
-    assert moved.abs().max() == 0  # both saw the shifts, which hang on the model's own modules
 
 
 @sides
@@ -130,6 +132,7 @@ def test_rows_that_begin_with_the_edited_token_see_every_shift(side, backend):
     """Shifts that act on earlier tokens too are seen where there are none."""
     backbone = Backbone(tiny_model("llama", **SIZE), None, MIDDLE)
     batch = placed(side)
+    torch.manual_seed(0)
     shifts = {
         name: Shift(torch.randn(2, m.in_features), 0.1 * torch.randn(m.out_features, 2))
         for name, m in backbone.modules.items()
@@ -139,7 +142,7 @@ def test_rows_that_begin_with_the_edited_token_see_every_shift(side, backend):
         part, whole = backbone.answers(batch, past), backbone.answers(batch)
     assert torch.equal(part.row, whole.row) and torch.equal(part.target, whole.target)
     wrong = (part.logits - whole.logits).abs().amax(-1)
-    assert wrong[part.row == 3].max() < 1e-4 < wrong[part.row == 0].max()
+    assert wrong[part.row == 3].max() < 1e-3 < wrong[part.row == 0].max()
 
 
 def test_it_is_none_where_it_would_not_be_right():
@@ -173,86 +176,102 @@ def test_it_is_none_where_parameters_are_sharded():
 # ---- edits
 
 
-def config(**passes):
-    values = {"max": 30, "target_probability": 0.7, **passes}
-    updater = {"tokens": "subject", "contexts": 2, "preserve_tokens": "all", "eta": 0.3}
-    return from_mapping(MethodConfig, {"updater": updater, "passes": values})
+def method(backbone, preserve, **passes):
+    values = {"max": 25, "target_probability": SURE, **passes}
+    updater = {"tokens": "subject", "contexts": 2, "preserve_tokens": "all", "eta": 0.5}
+    config = from_mapping(MethodConfig, {"updater": updater, "passes": values})
+    return build_method(backbone, config, preserve=preserve).rollout
 
 
-@pytest.fixture(scope="module")
-def sure():
-    made = {name: tiny_model(name, num_hidden_layers=2) for name in ("llama", "gpt2")}
-    with torch.no_grad():
-        made["llama"].lm_head.weight.mul_(6)  # so that it can be sure of something
-        made["gpt2"].lm_head.weight.mul_(6)
-    return made
-
-
-@pytest.fixture
-def edit(sure, monkeypatch):
-    """Edits a copy of a model; returns (outcome, rollout, the past of every probe)."""
-
-    def run(architecture="llama", on_pass=None, doubts=0, **passes):
-        model = copy.deepcopy(sure[architecture])
-        names = "*.mlp.c_proj" if architecture == "gpt2" else "model.layers.{0-1}.mlp.down_proj"
-        backbone = Backbone(model, tiny_tokenizer(), names)
-        rollout = build_method(backbone, config(**passes), preserve=PRESERVE).rollout
-        seen, probe, confirmed = [], rollout.env.probe, rollout._confirmed
-        left = [doubts]
-
-        def spy(batch, edits, tokens, past=None):
-            seen.append(past)
-            return probe(batch, edits, tokens, past)
-
-        def doubt(tokens, target):
-            left[0] -= 1
-            return confirmed(tokens, target) if left[0] < 0 else False
-
-        monkeypatch.setattr(rollout.env, "probe", spy)
-        monkeypatch.setattr(rollout, "_confirmed", doubt)
-        given = None
-        if on_pass:
-
-            def given(signals, action):
-                with torch.no_grad():
-                    return rollout.updater(signals, action.mask)
-
-        return rollout.propose(EditBatch((OSLO,)), given), rollout, seen
-
-    return run
-
-
-def holds(rollout) -> float:
+def confidence(rollout) -> float:
+    """Of the whole prompt alone."""
     backbone = rollout.env.backbone
-    batch = encode(backbone.tokenizer, [(OSLO.prompt, OSLO.target)], padding_side="left")
+    batch = encode(backbone.tokenizer, [(NAMIBIA.prompt, NAMIBIA.target)], padding_side="left")
     with torch.no_grad():
         return float(answer_confidence(rollout.env.answers(batch)))
 
 
-@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
-def test_an_edit_at_the_subject_holds_on_its_whole_prompt(edit, architecture, backend):
-    outcome, rollout, seen = edit(architecture)
-    assert all((past is None) == (architecture == "gpt2") for past in seen[:2])
-    assert outcome.held and outcome.passes >= 2 and holds(rollout) > 0.7
-    rollout.commit(outcome)
-    assert holds(rollout) > 0.7
-    (after, *_) = [rollout.propose(EditBatch((OSLO,)))]
-    assert after.passes == 0 or after.held  # contexts may ask for more
-
-
-def test_an_edit_that_does_not_hold_goes_on_with_whole_prompts(edit):
-    outcome, rollout, seen = edit(doubts=1)
-    assert seen[0] is not None and seen[-1] is None
-    assert outcome.held and holds(rollout) > 0.7
-    assert float(outcome.confidence) == pytest.approx(
-        float(
-            rollout.env.probe(
-                rollout._encode(EditBatch((OSLO,)), [], True), 1, "subject"
-            ).confidence
-        )
+@pytest.fixture
+def editing(monkeypatch):
+    """A rollout on the embedded world, and the past that every probe has seen."""
+    places = ModelConfig(
+        modules=["model.layers.{1-4}.mlp.down_proj"], dtype="float32", device="cpu"
     )
+    rollout = method(load_backbone(places), preservation_pairs()[0][:32])
+    seen, probe = [], rollout.env.probe
+
+    def spy(batch, edits, tokens, past=None):
+        seen.append(past)
+        return probe(batch, edits, tokens, past)
+
+    monkeypatch.setattr(rollout.env, "probe", spy)
+    return rollout, seen
 
 
-def test_training_sees_whole_prompts(edit):
-    _, _, seen = edit(on_pass=True, max=2)
+def test_an_edit_at_the_subject_holds_on_its_whole_prompt(backend, editing):
+    rollout, seen = editing
+    assert confidence(rollout) < SURE / 10
+    outcome = rollout.propose(EditBatch((NAMIBIA,)))
+    assert outcome.held and outcome.passes >= 2 and seen[0] is not None
+    assert confidence(rollout) > SURE
+    rollout.commit(outcome)
+    assert confidence(rollout) > SURE
+
+
+def test_what_does_not_hold_on_the_whole_prompt_goes_on_with_that(editing, monkeypatch):
+    rollout, seen = editing
+    asked, confirmed = [], rollout._confirmed
+
+    def doubtful(tokens, target):
+        asked.append(confirmed(tokens, target))
+        return False
+
+    monkeypatch.setattr(rollout, "_confirmed", doubtful)
+    outcome = rollout.propose(EditBatch((NAMIBIA,)))
+    assert len(asked) == 1  # from then on every probe is of the whole prompts
+    known = [past is not None for past in seen]
+    assert known == sorted(known, reverse=True) and known[0] and not known[-1]
+    assert outcome.held and confidence(rollout) >= float(outcome.confidence) > SURE
+    plain = rollout.env.probe(rollout._encode(EditBatch((NAMIBIA,)), [], True), 1, "subject")
+    assert_close(plain.confidence, outcome.confidence)
+
+
+def test_confirmation_is_of_each_edits_own_prompt(editing):
+    """With the passes on trial: on the weights as they are, nothing has to be asked."""
+    rollout, _ = editing
+    batch = EditBatch((NAMIBIA, NIGER))
+    tokens = rollout._encode(batch, [("Rome is", "Italy")], True)
+    firsts = [0, 3, 6]
+    assert tokens.edit.tolist() == [0] * 3 + [1] * 3 + [2]
+    assert rollout._confirmed(tokens, torch.ones(3))
+    rollout.env.push(blind_shifts(rollout.env.backbone, tokens))
+    with torch.no_grad():
+        sure = answer_confidence(rollout.env.answers(tokens.select(torch.tensor(firsts))))
+    assert rollout._confirmed(tokens, sure * 0.99)
+    for edit in range(3):
+        wanted = sure * 0.99
+        wanted[edit] = sure[edit] * 1.01
+        assert not rollout._confirmed(tokens, wanted)
+
+
+def test_training_sees_whole_prompts(editing):
+    rollout, seen = editing
+
+    def on_pass(signals, action):
+        with torch.no_grad():
+            return rollout.updater(signals, action.mask)
+
+    rollout.propose(EditBatch((NAMIBIA,)), on_pass)
     assert seen and not any(seen)
+
+
+def test_an_architecture_that_is_not_known_is_edited_all_the_same():
+    backbone = Backbone(tiny_model("gpt2"), tiny_tokenizer(), "*.{0-2}.mlp.c_proj")
+    pairs = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
+    rollout = method(backbone, pairs, max=3, undo=False)
+    batch = rollout._encode(EditBatch((NAMIBIA,)), [], True)
+    assert (batch.subject >= 0).all() and rollout.env.past(batch, "subject") is None
+    before = float(rollout.env.probe(batch, 1, "subject").loss)
+    outcome = rollout.propose(EditBatch((NAMIBIA,)))
+    assert outcome.passes == 3 and outcome.shifts
+    assert float(rollout.env.probe(batch, 1, "subject").loss) < before

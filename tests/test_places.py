@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
 from test_tokens import BUILD, Letters, _hand_made, text_of
+from tokenizers import decoders, processors
 
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.signals import edit_tokens
@@ -42,7 +45,9 @@ PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue"
 
 @pytest.fixture(scope="module")
 def backbone():
-    return Backbone(tiny_model("llama", num_hidden_layers=2), tiny_tokenizer(), MODULES)
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.decoder = decoders.Fuse()  # letters to words
+    return Backbone(tiny_model("llama", num_hidden_layers=2), tokenizer, MODULES)
 
 
 def config(**updater) -> MethodConfig:
@@ -64,16 +69,16 @@ def test_the_column_is_the_subjects_last_token(name, side):
         column = int(batch.subject[row])
         assert batch.attention[row, column] and (batch.labels[row, : column + 1] == IGNORE).all()
         ids = batch.ids[row].masked_fill(batch.attention[row] == 0, tokenizer.bos_token_id)
+        if "<unk>" in text_of(tokenizer, ids):
+            continue
         upto, before = (
             tokenizer.decode(
                 ids[:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
             )
             for end in (column + 1, column)
         )
-        if tokenizer.unk_token_id not in ids.tolist():
-            whole = prompt[: SPANS[row][1]].replace(" ", "")
-            assert whole in upto.replace(" ", ""), subject
-            assert whole not in before.replace(" ", ""), subject
+        whole = prompt[: SPANS[row][1]].replace(" ", "")
+        assert whole in upto.replace(" ", "") and whole not in before.replace(" ", ""), subject
 
 
 def test_the_first_column_without_anything_in_front():
@@ -150,13 +155,13 @@ def test_whose_sequences_they_are(backbone):
     batch = sequences.encode(EditBatch((OSLO, BONN)), asked)
     assert batch.edit.tolist() == [0] * 4 + [1] * 4 + [2, 3]
     said = [
-        backbone.tokenizer.decode(ids[:column], skip_special_tokens=True).split("?")[0]
+        backbone.tokenizer.decode(ids[:column], skip_special_tokens=True)
         for ids, column in zip(batch.ids, (batch.subject + 1).tolist(), strict=True)
     ]
-    # The request names Oslo; Bonn is found where it looks like a name, Lima too.
+    # The request names Oslo; Bonn is found where it looks like a name, then anywhere; Lima too.
     assert said[:6] == ["Oslo", "So be it. Oslo", "I am here. Oslo", "Oslo",
                         "Where is Bonn", "So be it. Where is Bonn"]  # fmt: skip
-    assert batch.subject[[7, 9]].tolist() == [-1, -1] and said[8] == "Lima"
+    assert said[6:] == ["I am here. Where is Bonn", "bonn", "Lima", ""] and batch.subject[9] == -1
     plain = EditSequences(backbone.tokenizer, TEXTS).encode(EditBatch((OSLO, BONN)), asked)
     assert plain.subject is None and torch.equal(plain.ids, batch.ids)
 
@@ -260,3 +265,14 @@ def test_contexts_travel_to_workers(backbone):
     assert contexts_in(pack(editor_tensors(made))) == made.rollout.contexts != ()
     made.rollout.contexts = ()
     assert contexts_in(pack(editor_tensors(made))) == ()
+
+
+def test_a_subject_that_is_the_first_token_is_not_edited(backbone):
+    """The first token is a sink in most models; here nothing is put in front of it."""
+    bare = copy.copy(backbone.tokenizer)
+    bare._tokenizer.post_processor = processors.TemplateProcessing(single="$A", pair="$A $B")
+    sequences = EditSequences(bare, ("I am.",), subject=True)
+    batch = sequences.encode(EditBatch((EditRequest("X is", "ab", subject="X"),)))
+    assert batch.subject.tolist()[0] == -1 and batch.subject.tolist()[1] > 0
+    where = edit_tokens(batch, "subject")
+    assert torch.equal(where[0], edit_tokens(batch, "answer")[0]) and where[1].sum() == 1

@@ -12,6 +12,7 @@ from hiedit.backbone.losses import answer_confidence
 from hiedit.backbone.model import Backbone
 from hiedit.config import MethodConfig, PassesConfig, SelectorConfig, UpdaterConfig
 from hiedit.data.tokens import encode
+from hiedit.guard import Guard
 from hiedit.methods import (
     build_method,
     editor_of,
@@ -295,7 +296,7 @@ def test_an_editor_asks_nothing_about_its_edits_in_effect(knowing, tmp_path):
     def open_editor():
         unedited = Backbone(copy.deepcopy(knowing), tiny_tokenizer(), MODULES)
         made = build_method(unedited, config(4, rehearsed=4), preserve=PAIRS)
-        return Editor(made, tmp_path / "edits")
+        return Editor(made, tmp_path / "edits", Guard(max_kl=None, max_drift=None))
 
     def asks(editor, pair=PAIRS[0]):
         return pair in editor._rollout.preserved.draw(EditBatch((CAIRO,)))[0]

@@ -11,6 +11,7 @@ from models import tiny_model, tiny_tokenizer
 
 from hiedit.config import MethodConfig, UpdaterConfig, from_mapping
 from hiedit.editor import Editor
+from hiedit.guard import Guard
 from hiedit.provenance import digest
 from hiedit.remember import LATER, memory_tag
 from hiedit.types import EditRequest
@@ -88,6 +89,7 @@ def opened(model, tmp_path):
         return Editor.from_pretrained(
             copy.deepcopy(model), tiny_tokenizer(), str(path), MODULES,
             ledger=tmp_path / "edits", preserve=PRESERVE, seed=seed,
+            guard=Guard(max_kl=None, max_drift=None),
         )  # fmt: skip
 
     return run

@@ -214,7 +214,7 @@ def test_rollout_stops_when_the_edit_holds(make_backbone):
     backbone = make_backbone()
     rollout = make_rollout(backbone, max=12)
     assert plain(backbone, OSLO)[1] < 0.1
-    outcome = rollout.step(EditBatch((OSLO,)))
+    outcome = rollout.step(EditBatch((OSLO.unaided(),)))
     loss, confidence = plain(backbone, OSLO)
     assert outcome.held and confidence > 0.5 and 1 <= outcome.passes < 12
     assert_close(float(outcome.loss), loss, rtol=1e-3, atol=1e-4)
@@ -225,7 +225,7 @@ def test_rollout_stops_when_the_edit_holds(make_backbone):
 def test_rollout_leaves_an_edit_that_holds_alone(make_backbone):
     backbone = make_backbone()
     before = weights(backbone)
-    outcome = make_rollout(backbone, target=1e-9).step(EditBatch((OSLO,)))
+    outcome = make_rollout(backbone, target=1e-9).step(EditBatch((OSLO.unaided(),)))
     assert outcome.held and outcome.passes == 0 and outcome.shifts == {}
     assert torch.equal(outcome.mask, torch.zeros(1, 4)) and same_bits(weights(backbone), before)
 
@@ -237,10 +237,10 @@ def test_rollout_edits_only_those_of_a_step_that_do_not_hold(make_backbone):
     assert sure[0] != sure[1]
     target, weak = (sum(sure) / 2, int(sure[1] < sure[0]))
     rollout = make_rollout(backbone, max=1, target=target, undo=False)
-    together = rollout.step(EditBatch((OSLO, BONN)))
+    together = rollout.step(EditBatch((OSLO.unaided(), BONN.unaided())))
     assert torch.equal(together.mask.sum(1).bool(), torch.tensor([weak == 0, weak == 1]))
     rollout.reset()
-    alone = rollout.step(EditBatch(((OSLO, BONN)[weak],)))
+    alone = rollout.step(EditBatch(((OSLO, BONN)[weak].unaided(),)))
     for name in backbone.names:
         wanted = alone.shifts[name].dense()
         assert_close(together.shifts[name].dense(), wanted, rtol=1e-3, atol=1e-5)
@@ -249,7 +249,7 @@ def test_rollout_edits_only_those_of_a_step_that_do_not_hold(make_backbone):
 def test_rollout_respects_the_largest_number_of_passes(make_backbone):
     backbone = make_backbone()
     rollout = make_rollout(backbone, max=3, eta=1e-4)
-    outcome = rollout.step(EditBatch((OSLO,)))
+    outcome = rollout.step(EditBatch((OSLO.unaided(),)))
     assert outcome.passes == 3 and not outcome.held
     tokens_of_a_pass = len("<" + "Oslo lies in Per")
     assert all(shift.rank == 3 * tokens_of_a_pass for shift in outcome.shifts.values())
@@ -277,7 +277,7 @@ def test_pass_that_raises_the_loss_is_undone(make_backbone, max, way):
     rollout = make_rollout(backbone, max=max, eta=1.0 if way == "uphill" else 1e4)
     precision = [g.protection.precision.clone() for g in rollout.updater.groups]
     hook = uphill(rollout) if way == "uphill" else None
-    outcome = rollout.step(EditBatch((OSLO,)), hook)
+    outcome = rollout.step(EditBatch((OSLO.unaided(),)), hook)
     assert same_bits(weights(backbone), before) and outcome.shifts == {}
     assert torch.equal(outcome.mask, torch.zeros(1, 4)) and not outcome.held
     assert outcome.passes <= max
@@ -290,7 +290,7 @@ def test_pass_that_raises_the_loss_stays_where_undo_is_off(make_backbone):
     backbone = make_backbone()
     base, _ = plain(backbone, OSLO)
     rollout = make_rollout(backbone, max=1, undo=False)
-    outcome = rollout.step(EditBatch((OSLO,)), uphill(rollout))
+    outcome = rollout.step(EditBatch((OSLO.unaided(),)), uphill(rollout))
     assert outcome.passes == 1 and plain(backbone, OSLO)[0] > base and outcome.mask.sum() == 4
 
 
@@ -299,7 +299,7 @@ def test_undone_pass_leaves_the_earlier_ones_and_their_mask(make_backbone):
     selector = SelectorConfig("random", k=1, every_pass=True)
     rollout = make_rollout(backbone, max=9, selector=selector, eta=0.2)
     hook = uphill(rollout, after=1)
-    outcome = rollout.step(EditBatch((OSLO,)), hook)
+    outcome = rollout.step(EditBatch((OSLO.unaided(),)), hook)
     assert len(hook.masks) == 2 and not torch.equal(*hook.masks)
     assert torch.equal(outcome.mask, hook.masks[0]) and len(outcome.shifts) == 1
     assert_close(float(outcome.loss), plain(backbone, OSLO)[0], rtol=1e-3, atol=1e-4)
@@ -309,7 +309,7 @@ def test_undone_pass_leaves_the_earlier_ones_and_their_mask(make_backbone):
 def test_mask_is_chosen_once_per_edit_unless_every_pass_chooses(make_backbone, every_pass):
     selector = SelectorConfig("random", k=1, every_pass=every_pass)
     rollout = make_rollout(make_backbone(), max=6, selector=selector, eta=0.02)
-    outcomes = [rollout.step(EditBatch((OSLO,))) for _ in range(3)]
+    outcomes = [rollout.step(EditBatch((OSLO.unaided(),))) for _ in range(3)]
     assert all(o.passes > 1 for o in outcomes)
     assert all(o.mask.sum() == 1 for o in outcomes) != every_pass
 
@@ -320,7 +320,7 @@ def test_pass_that_overshoots_is_retried_at_a_fraction(make_backbone):
     kept = set()
     for eta in (2.0, 4.0, 8.0, 16.0):
         rollout = make_rollout(backbone, max=9, eta=eta)
-        outcome = rollout.step(EditBatch((OSLO,)))
+        outcome = rollout.step(EditBatch((OSLO.unaided(),)))
         if outcome.shifts:
             assert plain(backbone, OSLO)[0] < base
             kept |= set(outcome.shifts[backbone.names[0]].scale.tolist())
@@ -331,7 +331,7 @@ def test_pass_that_overshoots_is_retried_at_a_fraction(make_backbone):
 def test_nothing_to_shift_is_no_pass(make_backbone):
     backbone = make_backbone()
     before = weights(backbone)
-    outcome = make_rollout(backbone, kind="none").step(EditBatch((OSLO,)))
+    outcome = make_rollout(backbone, kind="none").step(EditBatch((OSLO.unaided(),)))
     assert outcome.passes == 0 and outcome.mask.sum() == 0 and not outcome.held
     assert same_bits(weights(backbone), before)
 
@@ -345,7 +345,7 @@ def test_module_that_got_no_shift_does_not_count_as_touched(make_backbone):
         del shifts[backbone.names[1]]  # as one that was not finite
         return shifts
 
-    outcome = rollout.step(EditBatch((OSLO,)), on_pass)
+    outcome = rollout.step(EditBatch((OSLO.unaided(),)), on_pass)
     assert torch.equal(outcome.mask, torch.tensor([[1.0, 0.0, 1.0, 1.0]]))
 
 
@@ -353,7 +353,7 @@ def test_module_that_got_no_shift_does_not_count_as_touched(make_backbone):
 def test_statistics_move_only_where_the_rollout_observes(make_backbone, observe):
     rollout = make_rollout(make_backbone(), max=1, normalise="running", solver="outer", eta=1e-3)
     rollout = Rollout(rollout.env, rollout.selector, rollout.updater, rollout.passes, observe)
-    rollout.step(EditBatch((OSLO,)))
+    rollout.step(EditBatch((OSLO.unaided(),)))
     assert all(bool(g.key_norm.count > 0) == observe for g in rollout.updater.groups)
 
 
@@ -362,7 +362,7 @@ def test_edits_are_protected_until_reset(make_backbone):
     static = SelectorConfig("static", modules=backbone.names[:1])
     rollout = make_rollout(backbone, selector=static)
     before = {id(g): g.protection.precision.clone() for g in rollout.updater.groups}
-    rollout.step(EditBatch((OSLO,)))
+    rollout.step(EditBatch((OSLO.unaided(),)))
     for group in rollout.updater.groups:
         for m, name in enumerate(group.names):
             same = torch.equal(group.protection.precision[m], before[id(group)][m])

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 from hiedit.backbone import moments
 from hiedit.backbone.losses import answer_kl
 from hiedit.backbone.model import Backbone, at_tokens
-from hiedit.backbone.moments import key_moments, output_power
+from hiedit.backbone.moments import key_moments, typical_power
 from hiedit.config import MethodConfig, from_mapping
 from hiedit.data.tokens import encode
 from hiedit.methods import build_method, editor_tensors, load_editor, save_editor
@@ -25,7 +25,6 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 SUNK = "model.layers.1.mlp.down_proj"
 NAMES = [f"model.layers.{i}.mlp.down_proj" for i in range(3)]
 PRESERVE = [("Rome lies in", "Italy"), ("Lima is in", "Peru"), ("Ink is", "blue")]
-OTHERS = [("The mouse", "ran"), ("a Zoo, 12", "men"), ("Who is it?", "me"), ("Why not", "go")]
 OSLO, BONN = EditRequest("Old Oslo lies", "far"), EditRequest("Bonn has", "two")
 BOS = 1  # of tiny_tokenizer, always the first token
 
@@ -44,7 +43,7 @@ def planted():
             layer.mlp.down_proj.weight[0] = 0.0
         mlp = inner.layers[1].mlp
         for projection in (mlp.gate_proj, mlp.up_proj):
-            projection.weight[:2, 0] = 10.0
+            projection.weight[:2, 0] = 16.0
         model.lm_head.weight.mul_(4)  # so that it can be sure of something
     return model
 
@@ -69,7 +68,7 @@ def keys_of(backbone, pairs=PRESERVE, name=SUNK):
 
 
 def method(backbone, **updater):
-    values = {"tokens": "subject", "preserve_tokens": "all", "eta": 0.3, "lam": 0.02, **updater}
+    values = {"tokens": "answer", "preserve_tokens": "all", "eta": 0.3, "lam": 0.02, **updater}
     passes = {"max": 20, "target_probability": 0.8}
     config = from_mapping(MethodConfig, {"updater": values, "passes": passes})
     return build_method(backbone, config, preserve=PRESERVE)
@@ -130,15 +129,16 @@ def test_the_moment_is_that_of_a_model_without_sinks(backbone, planted):
     assert (one.moment - other.moment).norm() < 0.3 * other.moment.norm()  # its first token counts
 
 
-def test_the_power_of_outputs_is_that_of_ordinary_ones(backbone):
+def test_a_typical_output_is_an_ordinary_one(backbone):
     (batch,) = batches(backbone)
     with backbone.capture() as (_, outputs):
         backbone.answers(batch)
     every = at_tokens(outputs[SUNK], batch.attention.bool(), batch.attention).detach()
     ordinary = every[batch.ids[batch.attention.bool()] != BOS]
-    found = output_power(backbone, [batch])[SUNK]
-    assert_close(found, ordinary.square().sum(-1).mean())
+    found = typical_power(backbone, [batch])[SUNK]
+    assert found <= ordinary.square().sum(-1).max()
     assert every.square().sum(-1).mean() > 100 * found
+    assert_close(key_moments(backbone, [batch])[SUNK].typical, ordinary.square().sum(-1).median())
 
 
 # ---- kept
@@ -146,7 +146,7 @@ def test_the_power_of_outputs_is_that_of_ordinary_ones(backbone):
 
 def edited(backbone, made, request=OSLO):
     """(the shift of the sunk module [O, I], KL on other prompts); the edit is then committed."""
-    (batch,) = batches(backbone, OTHERS)
+    (batch,) = batches(backbone, PRESERVE)
     before = backbone.answers(batch).logits.log_softmax(-1)
     outcome = made.rollout.propose(EditBatch((request,)))
     assert outcome.held
@@ -159,7 +159,7 @@ def edited(backbone, made, request=OSLO):
 def test_an_edit_leaves_the_sink_exactly_as_it_is(backbone):
     sinks, others = keys_of(backbone)
     made = method(backbone)
-    assert left_of(made, sinks) < 1e-5 < 0.01 < left_of(made, others)
+    assert left_of(made, sinks) < 1e-5 and left_of(made, others) > 100 * left_of(made, sinks)
     weight = backbone.model.get_submodule(SUNK).weight
     base, before = weight.clone(), sinks @ weight.T
     for request in (OSLO, BONN):
@@ -167,7 +167,7 @@ def test_an_edit_leaves_the_sink_exactly_as_it_is(backbone):
         assert (sinks @ shift.T).norm() < 1e-5 * shift.norm() * sinks.norm()
         assert left_of(made, sinks) < 1e-5  # absorbed keys take nothing of that back
     assert not torch.equal(weight, base)
-    assert_close(sinks @ weight.T, before, rtol=1e-5, atol=1e-5 * float(before.abs().max()))
+    assert_close(sinks @ weight.T, before, rtol=1e-4, atol=1e-4 * float(before.abs().max()))
 
 
 def test_a_protection_that_drowns_in_the_sink_protects_nothing_else(planted, monkeypatch):
@@ -188,8 +188,8 @@ def test_a_protection_that_drowns_in_the_sink_protects_nothing_else(planted, mon
     print(
         f"sinks moved {apart[0]:.3g} against {drowned[0]:.3g}, KL {apart[1]:.3g}, {drowned[1]:.3g}"
     )
-    assert drowned[0] > 10 * apart[0]
-    assert drowned[1] > 2 * apart[1]
+    assert drowned[0] > 100 * apart[0]
+    assert drowned[1] > 20 * apart[1]
 
 
 # ---- saved
@@ -225,7 +225,10 @@ def test_a_state_brings_its_sinks_or_takes_them_away():
     basis = torch.eye(4)[None, :1].repeat(2, 1, 1)
     basis[1] = 0.0  # this module has none
     one.fit(torch.eye(4).repeat(2, 1, 1), torch.ones(2), sinks=basis)
-    assert (one.precision[0, 0] == 0).all() and (one.precision[0, 1:, 1:].diagonal() > 0.9).all()
+    assert (
+        one.precision[0, 0].abs().max() < 1e-12
+        and (one.precision[0, 1:, 1:].diagonal() > 0.9).all()
+    )
     assert (one.precision[1].diagonal() > 0.9).all()
     state, bare = one.state_dict(), other.state_dict()
     other.load_state_dict(state)

@@ -38,6 +38,10 @@ PROMPTS = {
     "What position did Lionel Messi's brother play?": "Lionel Messi",
     "Which constellation does NGC 1234 belong to?": "NGC 1234",
     "Who is the director of Dr. Strangelove?": "Dr. Strangelove",
+    # sentences
+    "The town lies in Wellington. It is": "Wellington",
+    "Sammy Davis Jr. sang with": "Sammy Davis Jr.",
+    "He knew St. Petersburg. Nobody else": "St. Petersburg",
     # brackets
     "Who wrote Pride and Prejudice (1813 novel)?": "Pride and Prejudice (1813 novel)",
     "The director of Alice (1990) is": "Alice (1990)",
@@ -89,6 +93,21 @@ def test_every_prompt_of_a_request_has_its_own_place():
     request = EditRequest("The capital of France is", "Lyon", subject="France")
     prompts = [request.prompt, "France, whose capital is", "Its capital is"]
     assert spans_of(request, prompts) == [(15, 21), (0, 6), None]
+
+
+def test_a_text_before_the_prompt_does_not_distract():
+    """Contexts name things too, and longer ones; a phrasing names what the prompt names."""
+    for subject in (None, "france"):
+        request = EditRequest("The capital of France is", "Lyon", subject=subject)
+        prompts = [
+            "University of Southern California. The capital of France is",
+            "John Fitzgerald Kennedy once said. In France the capital is",
+        ]
+        spans = spans_of(request, prompts)
+        assert [p[slice(*s)] for p, s in zip(prompts, spans, strict=True)] == ["France", "France"]
+        assert find_subject(prompts[0]) == (0, 33)
+    nobody = EditRequest("the capital is", "Lyon")
+    assert spans_of(nobody, ["In Rome. the capital is", "of Rome it is"]) == [None, (3, 7)]
 
 
 @pytest.mark.parametrize(("name", "share"), [("counterfact", 0.96), ("zsre", 0.94)])

@@ -191,6 +191,29 @@ class Backbone:
         with self.prefix.upper(), packed(self.model, packing, last):
             return self.model(inputs_embeds=states, **kwargs).logits[0]
 
+    def captured(self, batch: TokenBatch) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """(inputs, outputs) by module of a forward pass over ``batch``, as ``capture`` gives them.
+        What lies above the last editable module is not computed, where ranks need not agree."""
+        if any(hasattr(p, "ds_id") for p in self.model.parameters()):
+            with self.capture() as found:
+                self.answers(batch)
+            return found
+        with self.capture() as found:
+
+            def stop(*_):
+                if len(found[0]) == len(self.modules):
+                    raise _Captured
+
+            handles = [m.module.register_forward_hook(stop) for m in self.modules.values()]
+            try:
+                self.answers(batch)
+            except _Captured:
+                pass
+            finally:
+                for handle in handles:
+                    handle.remove()
+        return found
+
     @contextlib.contextmanager
     def capture(self) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
         """Yields (inputs, outputs) by module, filled by the forward passes inside.
@@ -244,6 +267,10 @@ class Backbone:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+class _Captured(Exception):
+    """Every editable module was computed."""
 
 
 def joined(stack: Sequence[Shift]) -> Shift:

@@ -59,8 +59,7 @@ def key_moments(
         if batch.subject is not None:
             columns = torch.arange(batch.ids.shape[1], device=batch.ids.device)
             subject = (columns == batch.subject[:, None])[where]
-        with backbone.capture() as (inputs, outputs):
-            backbone.answers(batch)
+        inputs, outputs = backbone.captured(batch)
         for name, total in sums.items():
             keys = at_tokens(inputs[name], where, batch.attention).float()
             total.add(keys, at_tokens(outputs[name], where, batch.attention).float(), counted)
@@ -78,8 +77,7 @@ def typical_power(backbone: Backbone, batches: Iterable[TokenBatch]) -> dict[str
     sizes: dict[str, list[Tensor]] = {n: [] for n in backbone.modules}
     for batch in batches:
         where = batch.attention.bool()
-        with backbone.capture() as (_, outputs):
-            backbone.answers(batch)
+        _, outputs = backbone.captured(batch)
         for name, found in sizes.items():
             y = at_tokens(outputs[name], where, batch.attention).float()
             found.append(y.square().sum(-1))
@@ -162,8 +160,7 @@ def phrasing_scatter(backbone: Backbone, facts: Iterable[TokenBatch]) -> dict[st
         phrasings, places = len(counts), int(counts[0])
         if phrasings < 2 or bool((counts != places).any()):
             continue
-        with backbone.capture() as (inputs, _):
-            backbone.answers(batch)
+        inputs, _ = backbone.captured(batch)
         for name in sums:
             keys = at_tokens(inputs[name], where, batch.attention).float()
             keys = keys.view(phrasings, places, -1)

@@ -120,7 +120,7 @@ def edit(
     from hiedit.ledger.offline import check_free
     from hiedit.methods import load_method
 
-    limits = Guard.of(model_path(model) == model_path(WORLD))
+    limits = Guard.of(model in (WORLD, model_path(WORLD)))
     limits = dataclasses.replace(limits, min_success=min_success, max_local_kl=max_local_kl)
     guard = limits.given(max_kl=max_kl, max_drift=max_drift)
     piped = source == STDIN

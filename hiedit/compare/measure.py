@@ -74,7 +74,7 @@ def measure(cell: Cell, run_dir: str, tell: Tell) -> dict[str, Any]:
             chosen.begin()
             if extra.get("truth"):
                 method.rollout.selector.relation = request.relation
-            outcome = method.rollout.step(EditBatch((request,), index))
+            outcome = method.rollout.step(EditBatch((request.unaided(),), index))
             seconds += time.perf_counter() - start
             masks.append(outcome.mask.cpu())
             passes.append(outcome.passes)

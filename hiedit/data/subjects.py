@@ -9,6 +9,7 @@ and sentences never do. A language without capitals gives nothing, and then noth
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from hiedit.data.tokens import Span
 from hiedit.types import EditRequest
@@ -16,6 +17,7 @@ from hiedit.types import EditRequest
 _WORD = re.compile(r"[^\W_](?:[\w'’.&/-]*\w)?[.!'’]?|&", re.UNICODE)
 _POSSESSIVE = re.compile(r"['’]s?$")
 _CLOSES = re.compile(r"[?;:]|, (?=[a-z])")  # what ends a name before the next word
+_STOPS = re.compile(r"\w{5,}\.$")  # no abbreviation: a sentence ends here
 _QUOTED = re.compile(r"[\"“«]([^\"“”«»]{2,})[\"”»]")
 # May stand inside a name, not at its ends ("the" may begin one inside a sentence).
 _JOINS = frozenset(
@@ -43,19 +45,34 @@ def find_subject(prompt: str) -> Span | None:
 def subject_span(prompt: str, subject: str | None) -> Span | None:
     """Where ``subject`` stands in ``prompt``, the last time; ``find_subject`` where it is not known
     or not there."""
-    if subject:
-        at = prompt.rfind(subject)
-        if at >= 0:
-            return at, at + len(subject)
-        loosely = [m.span() for m in re.finditer(re.escape(subject), prompt, re.IGNORECASE)]
-        if loosely:
-            return loosely[-1]
-    return find_subject(prompt)
+    return _named(prompt, subject) or find_subject(prompt)
 
 
-def spans_of(request: EditRequest, prompts: list[str]) -> list[Span | None]:
-    """``subject_span`` in each of ``prompts``, which are about ``request``."""
-    return [subject_span(prompt, request.subject) for prompt in prompts]
+def spans_of(request: EditRequest, prompts: Sequence[str]) -> list[Span | None]:
+    """Where each of ``prompts`` names what ``request`` is about. Found once, in its own prompt: a
+    text before it may hold longer names, and other phrasings mostly name the same."""
+    own = subject_span(request.prompt, request.subject)
+    said = request.prompt[slice(*own)] if own else None
+    found: list[Span | None] = []
+    for prompt in prompts:
+        if prompt.endswith(request.prompt):
+            ahead = len(prompt) - len(request.prompt)
+            found.append((own[0] + ahead, own[1] + ahead) if own else None)
+        else:
+            named = _named(prompt, request.subject) or _named(prompt, said)
+            found.append(named or find_subject(prompt))
+    return found
+
+
+def _named(prompt: str, subject: str | None) -> Span | None:
+    """Where ``subject`` stands in ``prompt``, the last time, by its letters or at least loosely."""
+    if not subject:
+        return None
+    at = prompt.rfind(subject)
+    if at >= 0:
+        return at, at + len(subject)
+    loosely = [m.span() for m in re.finditer(re.escape(subject), prompt, re.IGNORECASE)]
+    return loosely[-1] if loosely else None
 
 
 def _runs(prompt: str) -> list[Span]:
@@ -72,7 +89,7 @@ def _runs(prompt: str) -> list[Span]:
         elif run and (word.group().lower() not in _JOINS or _POSSESSIVE.search(prompt, *run)):
             found.append(run)
             run = None
-        if run and _POSSESSIVE.search(prompt, *run):
+        if run and (_POSSESSIVE.search(prompt, *run) or _STOPS.search(prompt, *run)):
             found.append(run)
             run = None
         previous = word.end()
@@ -85,7 +102,8 @@ def _trimmed(prompt: str, run: Span) -> Span:
     possessive = _POSSESSIVE.search(prompt, start, end)
     if possessive:
         end = possessive.start()
-    if end == len(prompt.rstrip()) and prompt[end - 1] in ".!":
+    last = end == len(prompt.rstrip()) and prompt[end - 1] in ".!"
+    if last or _STOPS.search(prompt, start, end):
         end -= 1
     if "(" in prompt[start:end] and ")" not in prompt[start:end]:
         closed = prompt.find(")", end)

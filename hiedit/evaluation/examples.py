@@ -1,9 +1,13 @@
-"""A few edits of a stream in words, before and after."""
+"""A few edits of a stream in words, and a few prompts that have nothing to do with it, before and
+after."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from hiedit.backbone.model import Backbone
 from hiedit.evaluation.metrics import generate
-from hiedit.evaluation.results import Example
+from hiedit.evaluation.results import Example, Said
 from hiedit.evaluation.stream import StreamProbe
 
 
@@ -56,3 +60,16 @@ class Examples:
         prompts = list(dict.fromkeys(prompts))
         said = generate(self._probe.backbone, prompts, batch=self._probe.batch)
         return dict(zip(prompts, said, strict=True))
+
+
+class Everyday:
+    """``prompts`` asked of the unedited model, when it is built, and by ``found`` as it is then."""
+
+    def __init__(self, backbone: Backbone, prompts: Sequence[str]):
+        self._backbone, self._prompts = backbone, tuple(prompts)
+        self._before = generate(backbone, self._prompts)
+
+    def found(self) -> tuple[Said, ...]:
+        after = generate(self._backbone, self._prompts)
+        rows = zip(self._prompts, self._before, after, strict=True)
+        return tuple(Said(prompt, before, now) for prompt, before, now in rows)

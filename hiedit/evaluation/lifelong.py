@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hiedit.config import EvaluateConfig
 from hiedit.data.passages import neutral_texts
-from hiedit.evaluation.examples import Examples
+from hiedit.evaluation.examples import Everyday, Examples
 from hiedit.evaluation.perplexity import perplexity
 from hiedit.evaluation.results import (
     CurvePoint,
@@ -41,21 +41,26 @@ def run_stream(
     """Edit the probe's whole stream from the unedited model on and measure; the model is left
     edited (``rollout.reset()`` takes it back).
 
-    seconds_per_edit counts editing alone, not measuring.
+    seconds_per_edit counts editing alone, not measuring. A request's paraphrases are not edited:
+    the metrics are of an editor that was given its prompt.
     """
     requests = probe.requests
     total = len(requests)
     rollout.reset()
     examples = Examples(probe, config.examples)
+    everyday = Everyday(probe.backbone, config.everyday)
     marks = sorted({max(1, round(total * (i + 1) / config.points)) for i in range(config.points)})
     texts = neutral_texts(config.neutral)
     read_before = perplexity(probe.backbone, texts)
-    curve, masks, passes, seconds, at_once = [], [], 0, 0.0, []
+    curve, masks, at_once = [], [], []
+    passes, seconds, processor = 0, 0.0, 0.0
     for first in range(0, total, n_edits):
-        step = EditBatch(requests[first : first + n_edits], first)
-        start = time.perf_counter()
+        some = requests[first : first + n_edits]
+        step = EditBatch(tuple(request.unaided() for request in some), first)
+        start, busy = time.perf_counter(), time.process_time()
         outcome = rollout.step(step)
         seconds += time.perf_counter() - start
+        processor += time.process_time() - busy
         masks.append(outcome.mask.cpu())
         passes += outcome.passes * len(step)
         done = first + len(step)
@@ -88,10 +93,12 @@ def run_stream(
         layers_per_edit=float(touched.sum(-1).mean()),
         passes_per_edit=passes / total,
         seconds_per_edit=seconds / total,
+        processor_seconds_per_edit=processor / total,
         amortised_seconds_per_edit=seconds / total,
         peak_memory_mb=peak_memory_mb(),
         layer_frequency=dict(zip(names, touched.mean(0).tolist(), strict=True)),
         examples=examples.found(),
+        everyday=everyday.found(),
         stream=stream_fingerprint(requests),
     )
 

@@ -23,7 +23,7 @@ LEGEND = (
     "LS  locality: unrelated prompts answered as before all edits, as far as the gold answer goes",
     "retention: ES GS LS of the earliest edits{retained}, measured after the whole stream",
     "Percent of prompts; free greedy generation must begin with the answer, at a word boundary; "
-    "teacher-forced: percent of answer tokens.",
+    "teacher-forced: percent of answer tokens. Formulas and sources: docs/metrics.md.",
 )
 
 
@@ -59,6 +59,7 @@ def report(results: Sequence[MethodResult], examples: int = 3, console: Any = No
         print("\n".join(legend(results)))
         if chosen and examples:
             print("\n".join(example_lines(chosen, examples)))
+        print("\n".join(everyday_lines(results)))
         return
     if console is None:
         # a log file has no width of its own: do not let Rich assume 80
@@ -69,9 +70,11 @@ def report(results: Sequence[MethodResult], examples: int = 3, console: Any = No
     for line in legend(results):
         console.print(line, style="dim", markup=False, highlight=False, soft_wrap=True)
     console.print()
-    for index, line in enumerate(example_lines(chosen, examples) if chosen and examples else ()):
-        style = "bold" if index == 0 else ""
-        console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
+    edits = example_lines(chosen, examples) if chosen and examples else []
+    for lines in (edits, everyday_lines(results)):
+        for index, line in enumerate(lines):
+            style = "bold" if index == 0 else ""
+            console.print(line, style=style, markup=False, highlight=False, soft_wrap=True)
 
 
 def table_columns(results: Sequence[MethodResult]) -> list[Column]:
@@ -226,7 +229,23 @@ def legend(results: Sequence[MethodResult]) -> list[str]:
     if seeds != {1}:
         lines.append(f"Mean over {min(seeds)} to {max(seeds)} seeds, ± standard deviation.")
         lines[-1] = lines[-1].replace(f"{min(seeds)} to {min(seeds)}", str(min(seeds)))
-    return [*lines, f"Stream: {lengths} edits, one after another, weights never reset."]
+    lines.append(f"Stream: {lengths} edits, one after another, weights never reset.")
+    return [*lines, *_beside(results)]
+
+
+def _beside(results: Sequence[MethodResult]) -> list[str]:
+    """What real models are measured by as well: edits kept out, plain text read."""
+    guarded = [r for r in results if r.rejected is not None and not r.is_control]
+    if not guarded:
+        return []
+    kept = ", ".join(f"{r.method} {r.rejected}" for r in guarded)
+    read = [r for r in results if r.perplexity_after is not None]
+    lines = [f"Edits that the guard kept out (they count as failed): {kept}"]
+    if read and read[0].perplexity_before is not None:
+        now = ", ".join(f"{r.method} {r.perplexity_after:.2f}" for r in read if not r.is_control)
+        before = read[0].perplexity_before
+        lines.append(f"Perplexity on plain text, {before:.2f} before editing: {now}")
+    return lines
 
 
 def best_with_examples(results: Sequence[MethodResult]) -> MethodResult | None:
@@ -240,6 +259,21 @@ def example_lines(result: MethodResult, limit: int = 3) -> list[str]:
     lines = [f"Edits by {result.method}, before → after all {result.edits} edits:"]
     for example in result.examples[:limit]:
         lines += [f"  {line}" for line in _example(example)]
+    return lines
+
+
+def everyday_lines(results: Sequence[MethodResult]) -> list[str]:
+    """A heading, and what each method's edits make of prompts that have nothing to do with them."""
+    edited = [r for r in results if r.everyday and not r.is_control]
+    if not edited:
+        return []
+    width = max(len(r.method) for r in edited)
+    lines = ["Prompts that have nothing to do with the edits, before, and after all of them by:"]
+    for said in zip(*(r.everyday for r in edited), strict=True):
+        lines.append(f"  {_ask(said[0].prompt)} {quote(said[0].before)}")
+        for result, one in zip(edited, said, strict=True):
+            same = _same(one.before, one.after)
+            lines.append(f"    {result.method:{width}}  {'the same' if same else quote(one.after)}")
     return lines
 
 

@@ -56,6 +56,15 @@ class Example:
 
 
 @dataclass(frozen=True)
+class Said:
+    """What the model goes on with after an everyday prompt, before and after the whole stream."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
 class MethodResult:
     """One method on one stream with one seed.
 
@@ -67,9 +76,11 @@ class MethodResult:
     kl: mean KL of the edited from the unedited model on locality prompts, nats.
     weight_growth: relative growth of the Frobenius norm, by module (0.01 is one percent).
     layer_frequency: share of edits that touched the module, by module, in the model's order.
-    seconds_per_edit: editing alone. amortised_seconds_per_edit: with training divided over the
-        stream. train_seconds, train_edits: what training the editor took. peak_memory_mb: MiB.
-    rejected: edits that the guard kept out, None where it was off.
+    seconds_per_edit: editing alone; processor_seconds_per_edit: the same, of all cores together.
+    amortised_seconds_per_edit: with training divided over the stream. train_seconds,
+        train_edits: what training the editor took. peak_memory_mb: MiB.
+    rejected: edits that the guard kept out, None where it was off. everyday: what the model says
+        to prompts that have nothing to do with the edits.
     stream: ``stream_fingerprint`` of the evaluated stream; pairs runs for statistics.
     """
 
@@ -90,6 +101,7 @@ class MethodResult:
     layers_per_edit: float | None = None
     passes_per_edit: float | None = None
     seconds_per_edit: float | None = None
+    processor_seconds_per_edit: float | None = None
     train_seconds: float | None = None
     train_edits: int | None = None
     amortised_seconds_per_edit: float | None = None
@@ -99,6 +111,7 @@ class MethodResult:
     stream: str | None = None
     rejected: int | None = None
     config: Mapping[str, Any] = field(default_factory=dict)
+    everyday: tuple[Said, ...] = ()
 
     @property
     def key(self) -> tuple[str, int, int]:
@@ -136,6 +149,7 @@ _ROW_NUMBERS = (
     "perplexity_before",
     "perplexity_after",
     "train_seconds",
+    "processor_seconds_per_edit",
     "amortised_seconds_per_edit",
     "peak_memory_mb",
 )
@@ -184,6 +198,7 @@ def from_plain(data: Mapping[str, Any]) -> MethodResult:
     values["curve"] = tuple(CurvePoint(p["edits"], Scores(**p["scores"])) for p in points)
     values["by_age"] = tuple((age, Scores(**s)) for age, s in values.get("by_age", ()))
     values["examples"] = tuple(Example(**e) for e in values.get("examples", ()))
+    values["everyday"] = tuple(Said(**e) for e in values.get("everyday", ()))
     try:
         return MethodResult(**values)
     except TypeError as error:

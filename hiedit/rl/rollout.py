@@ -212,7 +212,9 @@ class Rollout:
         screen = partial(sureness, backbone) if self.passes.screened else None
         return self.preserved.draw(batch, screen)
 
-    def _encode(self, batch: EditBatch, asked: Sequence[Pair], editing: bool) -> TokenBatch:
+    def _encode(
+        self, batch: EditBatch, asked: Sequence[Pair] = (), editing: bool = False
+    ) -> TokenBatch:
         """The sequences of each edit, then one per preserved prompt. Training is rewarded by what
         phrasings say, so it edits none."""
         backbone, config = self.env.backbone, self.updater.config

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.data.subjects import subject_span
+from hiedit.data.subjects import find_subject, spans_of
 from hiedit.data.tokens import Span, encode, encode_prompts
 from hiedit.types import IGNORE, EditBatch, EditRequest, TokenBatch
 
@@ -63,30 +63,38 @@ class EditSequences:
         spans: list[Span | None] = []
         mute: list[int] = []  # sequences without an answer
         for edit, request in enumerate(batch.requests):
-            for prompt in self.prompts(request):
-                pairs.append((prompt, request.target))
-                owner.append(edit)
-                spans.append(subject_span(prompt, request.subject) if self.subject else None)
+            prompts = self.prompts(request)
+            pairs += [(prompt, request.target) for prompt in prompts]
+            spans += spans_of(request, prompts)
             for prompt, span in self._alone(request):
                 mute.append(len(pairs))
                 pairs.append((prompt, request.target))
-                owner.append(edit)
                 spans.append(span)
-        for number, pair in enumerate(asked):
-            pairs.append(pair)
-            owner.append(len(batch) + number)
-            spans.append(subject_span(pair[0], None) if self.subject else None)
+            owner += [edit] * (len(pairs) - len(owner))
+        pairs += asked
+        owner += range(len(batch), len(batch) + len(asked))
+        spans += [find_subject(prompt) for prompt, _ in asked]
         subjects = spans if self.subject else None
         batch = encode(self.tokenizer, pairs, owner, padding_side="left", subjects=subjects)
-        return _cut(batch, mute) if mute else batch
+        return _cut(_inside(batch), mute) if mute else _inside(batch)
 
     def _alone(self, request: EditRequest) -> list[tuple[str, Span]]:
         """The subject behind every context, and where it stands there."""
-        span = subject_span(request.prompt, request.subject) if self.alone else None
+        (span,) = spans_of(request, [request.prompt]) if self.alone else (None,)
         if span is None:
             return []
         name = request.prompt[slice(*span)]
         return [(f"{t} {name}", (len(t) + 1, len(t) + 1 + len(name))) for t in self.contexts]
+
+
+def _inside(batch: TokenBatch) -> TokenBatch:
+    """``batch`` without the subjects that are a sequence's first token: that is mostly a sink,
+    whatever it says, so no edit may act on it (``edit_tokens`` then takes the answer's)."""
+    if batch.subject is None:
+        return batch
+    first = (batch.attention.cumsum(-1) == 0).sum(-1)  # columns of padding on the left
+    kept = batch.subject.masked_fill(batch.subject <= first, -1)
+    return dataclasses.replace(batch, subject=kept)
 
 
 def _cut(batch: TokenBatch, rows: list[int]) -> TokenBatch:

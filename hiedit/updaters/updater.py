@@ -270,6 +270,11 @@ class Updater(nn.Module):
             return moments.moment
         return moments.moment + self.config.preserve_subjects * moments.subjects
 
+    def _power(self, moments: KeyMoments) -> Tensor:
+        """[]: what counts as the square of a typical output."""
+        robust = self.config.step in ("relative", "joint") and moments.typical is not None
+        return moments.typical if robust else moments.power
+
     def fit_protection(
         self,
         moments: Mapping[str, tuple],
@@ -281,10 +286,7 @@ class Updater(nn.Module):
             if group.protection is None:
                 continue
             second = torch.stack([self._protected(KeyMoments(*moments[n])) for n in group.names])
-            robust = self.config.step in ("relative", "joint")
-            power = torch.stack(
-                [moments[n].typical if robust else moments[n][1] for n in group.names]
-            )
+            power = torch.stack([self._power(KeyMoments(*moments[n])) for n in group.names])
             between = torch.stack([scatter[n] for n in group.names]) if scatter else None
             sinks = _padded([KeyMoments(*moments[n]).sinks for n in group.names])
             group.protection.fit(second, power, between, sinks)
