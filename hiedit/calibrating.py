@@ -11,8 +11,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import nn
-
 from hiedit.backbone.model import Backbone
 from hiedit.calibration import Calibration, cached, calibrate, fingerprint, place, read, write
 from hiedit.calibration.profile import BESIDE_LEDGER
@@ -31,8 +29,7 @@ def note(text: str) -> None:
 
 
 def calibration_for(
-    model: nn.Module,
-    tokenizer,
+    backbone: Backbone,
     name: str = "",
     *,
     requests: Sequence[EditRequest] | None = None,
@@ -40,12 +37,13 @@ def calibration_for(
     again: bool = False,
     keep: bool = True,
 ) -> Calibration:
-    """The kept calibration of ``model``; where there is none (or ``again``), measured now, and kept
-    in the cache.
+    """The kept calibration of the model of ``backbone``; where there is none (or ``again``),
+    measured now, and kept in the cache.
 
     Raises:
         ValueError: if the kept file is damaged, or as ``calibrate``.
     """
+    model = backbone.model
     if not again and (found := cached(fingerprint(model))) is not None:
         return found
     with Progress() as progress:
@@ -55,12 +53,17 @@ def calibration_for(
             unit = {"effects": "modules", "steps": "edits"}.get(stage, "facts")
             progress.show(Update("calibration", stage, done, total, unit=unit))
 
-        found = calibrate(model, tokenizer, requests, edits=edits, progress=show, name=name)
+        found = calibrate(
+            model, backbone.tokenizer, requests, edits=edits, progress=show, name=name,
+            place=backbone.place,
+        )  # fmt: skip
     if found.known < found.edits:
         note(
             f"calibration: the model knew {found.known} of the {found.edits} facts that it was "
             "measured with; `hiedit calibrate --input` takes edits of your own"
         )
+    if not any(step.success for step in found.steps):
+        note("calibration: none of the edits took in the chosen modules; --modules names others")
     if keep:
         try:
             write(found, place(found.fingerprint))
@@ -80,7 +83,7 @@ def looked_up(backbone: Backbone, name: str = "") -> Calibration | None:
             "are edited. `hiedit calibrate` measures it, --modules names others"
         )
         return None
-    return calibration_for(model, backbone.tokenizer, name)
+    return calibration_for(backbone, name)
 
 
 def prepared(
@@ -97,7 +100,9 @@ def prepared(
     if found is None:
         return backbone, None
     write(found, directory / BESIDE_LEDGER)
-    return Backbone(backbone.model, backbone.tokenizer, found.modules), found
+    chosen = Backbone(backbone.model, backbone.tokenizer, found.modules)
+    chosen.place = backbone.place
+    return chosen, found
 
 
 def named_already(config: RunConfig, editor: str | None = None) -> RunConfig:

@@ -19,12 +19,14 @@ from hiedit.calibration import (
     calibrated,
     choose,
     choose_step,
+    eligible,
     fingerprint,
     place,
     read,
     write,
 )
 from hiedit.calibration import measure as measuring
+from hiedit.config import Place
 from hiedit.methods import load_method
 from hiedit.types import EditRequest, Locality
 from hiedit.world import world_dir, world_requests
@@ -77,12 +79,15 @@ def test_modules_that_gain_most_for_their_price_are_chosen_in_their_order():
 
 @pytest.mark.parametrize("sink", [{"ratio": 5.0}, {"share": 0.6}], ids=["input", "output"])
 def test_modules_that_sinks_own_are_left_out(sink):
-    profiles = [profile("x"), profile("sink", gain=9.0, price=0.0, **sink), profile("y")]
-    assert choose(profiles) == ("x", "y")  # nor do they say what the best gain is
+    owned = profile("sink", gain=9.0, price=0.0, **sink)
+    profiles = [profile("x"), owned, profile("y"), profile("z")]
+    assert choose(profiles) == ("x", "y", "z")  # nor does it say what the best gain is
 
 
 def test_there_is_always_a_choice():
-    assert choose([profile("a", ratio=90.0), profile("b", ratio=7.0)], 1) == ("b",)
+    worse, bad = profile("worse", ratio=90.0), profile("bad", ratio=7.0)
+    assert choose([worse, profile("good"), bad, profile("fine")]) == ("good", "bad", "fine")
+    assert choose([worse, profile("dear", price=9.0, ratio=6.0), bad], 2) == ("worse", "bad")
     assert choose([profile("a", gain=-0.2), profile("b", gain=-0.1)], 1) == ("b",)
     assert choose([profile("a", gain=math.nan), profile("b")]) == ("b",)
     assert choose([profile("a", gain=math.nan), profile("b", gain=math.nan, ratio=1.0)], 1)
@@ -214,6 +219,7 @@ def test_a_module_that_a_sink_owns_is_left_out(layer):
     assert ratios.pop(DOWN.format(layer)) > 50 and max(ratios.values()) < 5
     assert shares.pop(DOWN.format(layer)) > 0.9
     assert DOWN.format(layer) not in found.modules and found.modules
+    assert [math.isnan(p.gain) for p in found.profiles] == [i == layer for i in range(LAYERS)]
     assert same(weights(model), before)
     assert not any(m._forward_hooks for m in model.modules())
 
@@ -225,12 +231,14 @@ def test_the_world_is_measured(monkeypatch):
     tokenizer = AutoTokenizer.from_pretrained(world_dir())
     told = []
     found = calibrate(
-        model, tokenizer, edits=2, progress=lambda *said: told.append(said), name="world"
-    )
+        model, tokenizer, edits=2, progress=lambda *said: told.append(said), name="world",
+        place=Place("answer", 0),
+    )  # fmt: skip
     assert found.known == found.edits == 2 and found.model == "world"
     assert found.fingerprint == fingerprint(model)
     assert [p.name for p in found.profiles] == [DOWN.format(i) for i in range(8)]
-    assert all(math.isfinite(p.gain) and p.price >= -1e-6 for p in found.profiles)
+    finite = [p for p in found.profiles if math.isfinite(p.gain)]
+    assert finite == eligible(found.profiles) and all(p.price >= -1e-6 for p in finite)
     assert max(p.gain for p in found.profiles if p.name in found.modules) > 0.1
     assert [s.eta for s in found.steps] == list(measuring.ETAS) and found.eta in measuring.ETAS
     assert all(0 <= s.success <= 1 for s in found.steps)

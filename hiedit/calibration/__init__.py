@@ -3,8 +3,7 @@ step may be. Measured once for a model and kept, instead of constants that fit a
 
     model -> sinks, single-module effects -> choose -> modules -> steps -> choose_step -> eta
 
-profile: what is found, and its file. identity: which model a file is of. rules: how the figures
-decide. measure: taking them.
+profile: what is found, and its file. rules: how the figures decide. measure: taking them.
 """
 
 from hiedit.calibration.measure import calibrate
@@ -17,7 +16,7 @@ from hiedit.calibration.profile import (
     read,
     write,
 )
-from hiedit.calibration.rules import calibrated, choose, choose_step, owned
+from hiedit.calibration.rules import calibrated, choose, choose_step, eligible, owned
 from hiedit.models.identity import fingerprint
 
 __all__ = [
@@ -29,6 +28,7 @@ __all__ = [
     "calibrated",
     "choose",
     "choose_step",
+    "eligible",
     "fingerprint",
     "owned",
     "place",

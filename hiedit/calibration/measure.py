@@ -9,6 +9,7 @@ is computed once for all.
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from hiedit.backbone.model import Backbone, at_tokens
 from hiedit.backbone.modules import candidates, linear_layers
 from hiedit.backbone.moments import SINK, KeyMoments, key_moments
 from hiedit.calibration.profile import Calibration, ModuleProfile, StepProfile
-from hiedit.calibration.rules import choose, choose_step
-from hiedit.config import PassesConfig, SelectorConfig, UpdaterConfig
+from hiedit.calibration.rules import choose, choose_step, eligible
+from hiedit.config import PassesConfig, Place, SelectorConfig, UpdaterConfig
 from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
 from hiedit.models.identity import fingerprint
@@ -40,14 +41,14 @@ from hiedit.updaters.updater import Updater
 from hiedit.world import world_requests
 
 UPDATER = UpdaterConfig(
-    kind="closed_form", solver="protected", step="relative", tokens="subject",
-    preserve_tokens="all", eta=0.3, contexts=3,
-)  # fmt: skip
+    kind="closed_form", solver="protected", step="relative", preserve_tokens="all", eta=0.3
+)
+CONTEXTS = 3  # behind which an edit is made, where the model's place has no fewer
 PASSES = PassesConfig(max=10, target_probability=0.8)
 ETAS = (0.1, 0.2, 0.3, 0.45)
 STEP_EDITS = 6  # of which every step size is tried
 PRESERVE = 256  # sentences that the protection is fitted on
-DRAWN = 4  # texts from the model itself among the prompts that a price is measured on
+DRAWN = 2  # texts from the model itself among the prompts that a price is measured on
 ASKED = 768  # facts that are asked at most to find those that the model knows
 BATCH = 64  # sequences in a forward pass
 LAYERS = 6  # modules whose effects are measured at a time
@@ -65,13 +66,15 @@ def calibrate(
     progress: Tell = lambda stage, done, total: None,
     seed: int = 0,
     name: str = "",
+    place: Place = Place(),  # noqa: B008 (frozen, without state)
 ) -> Calibration:
     """Measure ``model``, whose weights stay as they are, bit for bit.
 
     requests: edits to measure with; those whose ``old_target`` the model gives come first, and
     where they are fewer than ``edits``, others fill up. None: facts of the packaged world.
     preserve: (prompt, answer) pairs to protect; None: everyday sentences and unrelated prompts of
-    requests that are not measured with. name: of the model, for people.
+    requests that are not measured with. name: of the model, for people. place: where edits act
+    on it.
 
     Raises:
         ValueError: if no module is known for a candidate, or there is no request.
@@ -83,17 +86,21 @@ def calibrate(
         raise ValueError("calibrate: no edits to measure with were given")
     asking = Backbone(model, tokenizer, names)
     chosen, known = known_first(asking, requests, edits, progress)
+    contexts = min(CONTEXTS, place.contexts)
     given = Given(
+        updater=dataclasses.replace(UPDATER, tokens=place.tokens, contexts=contexts),
         requests=tuple(chosen),
         preserve=tuple(preserve or unrelated(requests, chosen))[:PRESERVE],
-        contexts=draw_contexts(asking, UPDATER.contexts, seed),
+        contexts=draw_contexts(asking, contexts, seed),
         watched=tuple(drawn_pairs(asking, DRAWN, seed + 1)),
     )
     profiles: list[ModuleProfile] = []
+
+    def measured(modules: int) -> None:
+        progress("effects", modules, len(names))
+
     for group in _groups(model, names):
-        for profile in _profiles(Backbone(model, tokenizer, group), given):
-            profiles.append(profile)
-            progress("effects", len(profiles), len(names))
+        profiles += _profiles(Backbone(model, tokenizer, group), given, measured, len(profiles))
     modules = choose(profiles)
     steps = _steps(Backbone(model, tokenizer, modules), given, progress)
     return Calibration(
@@ -106,9 +113,11 @@ def calibrate(
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What is measured with. requests: the edits; preserve: what the protection is fitted on;
-    contexts: what the edits are made behind; watched: unrelated prompts of all edits."""
+    """What is measured with. updater: that makes the edits; requests: the edits; preserve: what the
+    protection is fitted on; contexts: what the edits are made behind; watched: unrelated prompts of
+    all edits."""
 
+    updater: UpdaterConfig
     requests: tuple[EditRequest, ...]
     preserve: tuple[Pair, ...]
     contexts: tuple[str, ...]
@@ -121,7 +130,7 @@ def known_first(
 ) -> tuple[list[EditRequest], int]:
     """``wanted`` of ``requests`` (fewer where there are not as many), and how many of them are of
     facts that the model knows: its greedy answer begins with ``old_target``. Those come first; at
-    most ``ASKED`` are asked. Their paraphrases are held out: a gain has to carry over."""
+    most ``ASKED`` are asked."""
     askable = [r for r in requests if r.old_target][:ASKED]
     known: list[EditRequest] = []
     for at in range(0, len(askable), BATCH):
@@ -169,23 +178,33 @@ def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
         yield group
 
 
-def _profiles(backbone: Backbone, given: Given) -> Iterator[ModuleProfile]:
-    """Of every module of ``backbone``."""
+def _profiles(
+    backbone: Backbone, given: Given, measured: Callable[[int], None], before: int
+) -> list[ModuleProfile]:
+    """Of every module of ``backbone``; effects of those alone that may be chosen. measured: told
+    how many modules are done, ``before`` of them by an earlier call."""
     moments = key_moments(backbone, _batches(backbone, given.preserve))
     shares = sink_shares(backbone, _batches(backbone, given.preserve[:BATCH]))
-    for at in range(0, len(backbone.names), LAYERS):
-        some = backbone.names[at : at + LAYERS]
+    found = {
+        n: ModuleProfile(
+            name=n, sink_ratio=float(moments[n].ratio), sink_share=shares[n],
+            gain=math.nan, price=math.nan,
+        )
+        for n in backbone.names
+    }  # fmt: skip
+    names = [p.name for p in eligible(list(found.values()))]
+    for at in range(0, len(names), LAYERS):
+        some = names[at : at + LAYERS]
         part = Backbone(backbone.model, backbone.tokenizer, some)
-        found = effects_apart(
-            Environment(part), _fitted(part, moments), given.requests,
+        effects = effects_apart(
+            Environment(part), _fitted(part, moments, given.updater), given.requests,
             contexts=given.contexts, watched=given.watched, at_once=BATCH,
         )  # fmt: skip
-        for column, name in enumerate(some):
-            gain, price = (effect[:, column].mean().item() for effect in found)
-            yield ModuleProfile(
-                name=name, sink_ratio=float(moments[name].ratio), sink_share=shares[name],
-                gain=gain, price=price,
-            )  # fmt: skip
+        for name, gain, price in zip(some, *(e.mean(0).tolist() for e in effects), strict=True):
+            found[name] = dataclasses.replace(found[name], gain=gain, price=price)
+        measured(before + backbone.names.index(some[-1]) + 1)
+    measured(before + len(backbone.names))
+    return list(found.values())
 
 
 @torch.no_grad()
@@ -207,14 +226,17 @@ def sink_shares(backbone: Backbone, batches: Iterator[TokenBatch]) -> dict[str, 
     }
 
 
-def _fitted(backbone: Backbone, moments: Mapping[str, KeyMoments]) -> Updater:
-    updater = Updater(backbone.names, backbone.shape_groups(), UPDATER).to(backbone.device)
+def _fitted(
+    backbone: Backbone, moments: Mapping[str, KeyMoments], config: UpdaterConfig
+) -> Updater:
+    updater = Updater(backbone.names, backbone.shape_groups(), config).to(backbone.device)
     updater.fit_protection(moments)
     return updater
 
 
 def _steps(backbone: Backbone, given: Given, progress: Tell) -> list[StepProfile]:
-    updater = _fitted(backbone, key_moments(backbone, _batches(backbone, given.preserve)))
+    moments = key_moments(backbone, _batches(backbone, given.preserve))
+    updater = _fitted(backbone, moments, given.updater)
     selector = Selector(backbone.names, backbone.shape_groups(), SelectorConfig(kind="all"))
     env, requests, found = Environment(backbone), given.requests[:STEP_EDITS], []
     for number, eta in enumerate(ETAS):
@@ -240,7 +262,7 @@ def _one(
     rollout: Rollout, request: EditRequest, watched: Sequence[Pair]
 ) -> tuple[float, float, float]:
     """(success, passes, KL) of an edit in full, which is taken back."""
-    env = rollout.env
+    env = rollout.env  # an answer to a paraphrase has to carry over from the prompt:
     bare = dataclasses.replace(request, heldout=(*request.heldout, *request.paraphrases))
     near = [(place.prompt, place.answer) for place in request.locality if place.answer]
     try:

@@ -31,7 +31,8 @@ class ModuleProfile:
     sink_ratio: norm of its longest key over the median one, on sentences to preserve. sink_share:
     share in [0, 1] of its outputs' power that tokens hold whose output is as far out as a sink's
     key. gain: fall of the cross-entropy of an edit and its paraphrases in one pass (nats); price:
-    KL on unrelated prompts (nats), means over the edits; NaN where no finite shift was found.
+    KL on unrelated prompts (nats), means over the edits; NaN where it was not measured, because
+    sinks own the module, or was not finite.
     """
 
     name: str

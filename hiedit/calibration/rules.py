@@ -11,6 +11,7 @@ from hiedit.calibration.profile import Calibration, ModuleProfile, StepProfile
 from hiedit.config import MethodConfig
 
 COUNT = 8  # modules that are edited
+FEWEST = 3  # that are to choose from; where sinks leave fewer, those that they own least are too
 LEAST_GAIN = 1 / 3  # of the best module's; what gains less is not worth what it moves
 SHARE = 0.5  # of a module's output power; where sinks hold more, they own it
 FREE = 1e-4  # nats; a price below it is as good as none
@@ -23,6 +24,14 @@ def owned(profile: ModuleProfile) -> bool:
     return profile.sink_ratio >= SINK or profile.sink_share > SHARE
 
 
+def eligible(profiles: Sequence[ModuleProfile]) -> list[ModuleProfile]:
+    """Those that may be chosen, in their order: no sink owns them, or where fewer than ``FEWEST``
+    are left, sinks own them least."""
+    ranked = sorted(profiles, key=lambda p: (owned(p), p.sink_ratio))
+    free = ranked[: max(FEWEST, sum(not owned(p) for p in ranked))]
+    return [p for p in profiles if p in free]
+
+
 def worth(profile: ModuleProfile) -> float:
     """Gain over root price: a shift of twice the size has twice the gain and four times the
     price, so it does not depend on the step that was measured with."""
@@ -32,14 +41,12 @@ def worth(profile: ModuleProfile) -> float:
 def choose(profiles: Sequence[ModuleProfile], count: int = COUNT) -> tuple[str, ...]:
     """The names of at most ``count`` modules to edit, in the order of ``profiles``.
 
-    Modules that sinks own are left out, and those that gain less than ``LEAST_GAIN`` of the best;
-    of the others those of the best ``worth`` stay. Where sinks own all of them, the least owned
-    stay; where nothing gains (a model that knows nothing), those that gain most.
+    Of the ``eligible`` ones, those are left out that gain less than ``LEAST_GAIN`` of the best; of
+    the others those of the best ``worth`` stay. Where nothing gains (a model that knows nothing),
+    those that gain most.
     """
     sound = [p for p in profiles if math.isfinite(p.gain) and math.isfinite(p.price)]
-    free = [p for p in sound if not owned(p)]
-    if not free:
-        free = sorted(sound or profiles, key=lambda p: p.sink_ratio)[:count]
+    free = eligible(sound or profiles)
     best = max(p.gain for p in free)
     enough = [p for p in free if p.gain >= LEAST_GAIN * best]
     by = worth if best > 0 else (lambda p: p.gain)

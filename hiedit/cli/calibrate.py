@@ -64,9 +64,7 @@ def calibrate(
     config = ModelConfig(Path(model).name, model, None, dtype, device, trust_remote_code)
     backbone = load_backbone(config)
     again = force or requests is not None or edits != 16
-    found = calibration_for(
-        backbone.model, backbone.tokenizer, config.name, requests=requests, edits=edits, again=again
-    )
+    found = calibration_for(backbone, config.name, requests=requests, edits=edits, again=again)
     kept = [place(found.fingerprint)]
     if out is not None:
         from hiedit.calibration import write
@@ -112,4 +110,4 @@ def _layer(name: str) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.4f}" if math.isfinite(value) else "none"
+    return f"{value:.4f}" if math.isfinite(value) else "-"
