@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hiedit.config import MethodConfig
     from hiedit.runconfig import RunConfig
 
 REAL = "smollm2-135m"
@@ -24,6 +25,7 @@ WORLD_METHODS = ("no-edit", "ultraedit", "static", "rledit", "random", "hiedit")
 WORLD_EDITS, WORLD_TRAIN = 200, 100
 POINTS = 3  # moments of the stream at which everything is asked; asking takes longer than editing
 EXAMPLES = 5
+PROTECTED, OWN_TEXT = 1000, 128  # sentences and texts at most; measuring more takes minutes
 EVERYDAY = (
     "The president of the United States lives in the",
     "The largest planet in the solar system is",
@@ -57,6 +59,15 @@ def real_config(
     return dataclasses.replace(
         config, model=ModelConfig(Path(model).name, model, dtype="float32"), evaluate=evaluate
     )
+
+
+def quicker(method: MethodConfig) -> MethodConfig:
+    """``method``, protecting no more than can be measured in a minute."""
+    u = method.updater
+    updater = dataclasses.replace(
+        u, preserve=min(u.preserve, PROTECTED), own_text=min(u.own_text, OWN_TEXT)
+    )
+    return dataclasses.replace(method, updater=updater)
 
 
 def world_config(

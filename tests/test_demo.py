@@ -14,6 +14,7 @@ from hiedit.evaluation.report import everyday_lines, legend
 from hiedit.evaluation.results import MethodResult, Said, from_plain, plain
 from hiedit.evaluation.scores import Scores
 from hiedit.experiment import KNOWN, load_backbone, load_data
+from hiedit.methods import load_method
 from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.world import known as phrased
 from hiedit.world.phrasings import PHRASINGS
@@ -212,3 +213,21 @@ def test_with_world_it_is_the_demo_of_the_world(call, monkeypatch):
     assert config.train.edits == 100 and config.run_dir == "runs/demo-world"
     assert [m.name for m in methods] == list(demo.WORLD_METHODS)
     assert not config.evaluate.everyday
+
+
+def test_it_protects_less_and_edits_as_ever():
+    method = load_method("closed-form")
+    quick = demo.quicker(method)
+    assert (quick.updater.preserve, quick.updater.own_text) == (demo.PROTECTED, demo.OWN_TEXT)
+    kept = {"preserve": method.updater.preserve, "own_text": method.updater.own_text}
+    assert dataclasses.replace(quick.updater, **kept) == method.updater
+    plain_one = load_method("ultraedit")
+    assert demo.quicker(plain_one).updater.own_text == plain_one.updater.own_text == 0
+
+
+def test_hiedit_for_real_models_edits_where_the_default_does():
+    learned, usual = load_method("hiedit-real").updater, load_method("closed-form").updater
+    alike = ("solver", "normalise", "step", "tokens", "contexts", "subject_alone", "absorb",
+             "preserve", "preserve_tokens", "preserve_subjects", "own_text", "eps", "lam")  # fmt: skip
+    for key in alike:  # what makes its protection the same, which is measured once for both
+        assert getattr(learned, key) == getattr(usual, key), key

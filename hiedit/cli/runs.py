@@ -70,7 +70,7 @@ def demo(
     model (`hiedit models get smollm2-135m`). With --world the same on the embedded world, 200
     edits.
     """
-    from hiedit.demo import real_config, world_config
+    from hiedit.demo import quicker, real_config, world_config
     from hiedit.methods import load_method
     from hiedit.run import run
 
@@ -91,6 +91,7 @@ def demo(
         )
     else:
         config = real_config(model, length, training, seed, place, tracking)
+        chosen = [quicker(method) for method in chosen]
     run(config, chosen, jobs=jobs)
 
 
