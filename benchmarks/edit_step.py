@@ -67,7 +67,7 @@ def method_of(row: str, rank: int) -> MethodConfig:
 
 
 def batch_of(edits: Edits) -> EditBatch:
-    return EditBatch(tuple(as_request(edit) for edit in edits))
+    return EditBatch(tuple(as_request(edit).unaided() for edit in edits))
 
 
 def relative(mine: Tensor, theirs: Tensor) -> float:

@@ -134,9 +134,7 @@ class UpdaterConfig:
     normalise: ``running`` gives the solver standardised signals (RLEdit, MALMEN, UltraEdit),
     ``none`` raw ones. step: ``gradient`` wants the output change ``-eta G'``; ``relative`` one
     whose longest is ``eta`` times as long as the module's typical output, the median one; ``unit``
-    is the same with a mean for the protected solver, and ``gradient`` for the others. ``joint``
-    (protected solver): as ``relative`` on the average over the modules, each in proportion to its
-    gradient.
+    is the same with a mean for the protected solver, and ``gradient`` for the others.
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
@@ -184,7 +182,7 @@ class UpdaterConfig:
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)
         choice("method.updater.normalise", self.normalise, ("running", "none"))
-        choice("method.updater.step", self.step, ("gradient", "unit", "relative", "joint"))
+        choice("method.updater.step", self.step, ("gradient", "unit", "relative"))
         choice("method.updater.tokens", self.tokens, ("answer", "all", "subject", "auto"))
         choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))

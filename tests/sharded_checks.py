@@ -109,6 +109,10 @@ def twenty_edits(ranks, sharded, local, scratch: Path) -> dict:
     pairs, _ = preservation_pairs(seed=0)
     method = quick("ultraedit")
     method = dataclasses.replace(quick("closed-form"), passes=method.passes)
+    # At the answer's tokens: at the subject's, one process alone computes what stands before it
+    # once an edit, and its later passes are not those of the whole prompt to the last bit.
+    place = dataclasses.replace(method.updater, tokens="answer", contexts=0, own_text=0)
+    method = dataclasses.replace(method, updater=place)
     before = gathered(sharded)
     parts = build_method(sharded, method, (), pairs, seed=0)
     committed = []

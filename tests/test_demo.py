@@ -193,7 +193,7 @@ def test_mistakes(call, tmp_path, monkeypatch):
         (("--model", "no/such"), ("model.path='no/such'",)),
         (("--workers", "2"), ("--workers=2", "--world")),
         (("--world", "--model", "mine"), ("--model='mine'", "--world")),
-        (("--edits", "0"), ("stream.length=0",)),
+        (("--model", "world", "--edits", "0"), ("stream.length=0",)),
     ):
         result = call(*arguments)
         assert result.exit_code == 2 and result.stderr.startswith("error: "), result.output

@@ -68,7 +68,9 @@ def _batches(backbone: Backbone, pairs: Sequence[Pair], tell: Tell) -> Iterator[
 
 
 def _key(backbone: Backbone, pairs: Sequence[Pair], tokens: str) -> str:
-    said = json.dumps([FORMAT, sorted(map(list, pairs)), tokens])
+    tokenizer = backbone.tokenizer
+    cut = [type(tokenizer).__name__, len(tokenizer)]
+    said = json.dumps([FORMAT, sorted(map(list, pairs)), tokens, cut])
     return hashlib.sha256((fingerprint(backbone.model) + said).encode()).hexdigest()[:24]
 
 

@@ -23,6 +23,7 @@ from hiedit.models.identity import fingerprint
 Pair = tuple[str, str]  # beginning and ending
 Tell = Callable[[int, int], None]  # texts done, of how many
 WORTH = 20_000_000  # parameters; a smaller model writes faster than it is looked up
+_RECENT: dict[str, tuple[Pair, ...]] = {}
 TOP = 50  # tokens that each is drawn from
 TOKENS = 48  # of one text
 BATCH = 64
@@ -34,10 +35,23 @@ def own_text(
 ) -> tuple[Pair, ...]:
     """About ``count`` texts of ``TOKENS`` tokens that the model writes from nothing, by top-k
     sampling, each as its beginning and its last word; the same for the same seed. Texts of fewer
-    than ``FEWEST_WORDS`` words are left out. Those of a large model are kept in the cache."""
+    than ``FEWEST_WORDS`` words are left out. Those of a large model are kept in the cache, the last
+    few of any model in memory."""
+    tokenizer = backbone.tokenizer
+    of = f"{fingerprint(backbone.model)[:24]}-{type(tokenizer).__name__}-{len(tokenizer)}"
+    name = f"{of}-{count}-{seed}.json"
+    if name not in _RECENT:
+        _RECENT[name] = _kept(backbone, name, count, seed, tell)
+        while len(_RECENT) > 4:
+            _RECENT.pop(next(iter(_RECENT)))
+    return _RECENT[name]
+
+
+def _kept(backbone: Backbone, name: str, count: int, seed: int, tell: Tell) -> tuple[Pair, ...]:
+    """What the cache holds under ``name``, or what is written now, and kept there."""
     if sum(p.numel() for p in backbone.model.parameters()) < WORTH:
         return _written(backbone, count, seed, tell)
-    path = cache_dir() / "text" / f"{fingerprint(backbone.model)[:24]}-{count}-{seed}.json"
+    path = cache_dir() / "text" / name
     try:
         return tuple((str(a), str(b)) for a, b in json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -67,17 +81,18 @@ def _sample(backbone: Backbone, count: int) -> Tensor:
     """int64 [count, TOKENS + 1], the token that begins a text first."""
     begin = _begin(backbone.tokenizer)
     ids = torch.full((count, 1), begin, device=backbone.device)
-    plain = GenerationConfig(
-        do_sample=True,
-        top_k=TOP,
-        max_new_tokens=TOKENS,
-        pad_token_id=begin,
-        eos_token_id=None,
-        bos_token_id=begin,
-    )
-    return backbone.model.generate(
-        input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=plain
-    ).cpu()
+    model, own = backbone.model, backbone.model.generation_config
+    # In place of the model's own, which ``generate`` would fill up a given one with.
+    model.generation_config = GenerationConfig(
+        do_sample=True, top_k=TOP, pad_token_id=begin, bos_token_id=begin,
+        eos_token_id=own.eos_token_id,
+    )  # fmt: skip
+    try:
+        return model.generate(
+            input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS
+        ).cpu()
+    finally:
+        model.generation_config = own
 
 
 def _begin(tokenizer) -> int:

@@ -62,15 +62,9 @@ class ShapeGroup(nn.Module):
         return keys + (k2 - k) * key_std, grads + (g2 - g) * grad_std
 
     def solve(
-        self,
-        keys: Tensor,
-        grads: Tensor,
-        live: Tensor,
-        edit: Tensor,
-        share: Tensor | None = None,
+        self, keys: Tensor, grads: Tensor, live: Tensor, edit: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """(A [M, T, I], R [M, T, O]) with ``delta_W^T = A^T R``; live: bool [M, T], edit: [T].
-        share: [M, T], by how much longer or shorter a module's step is than the others'."""
+        """(A [M, T, I], R [M, T, O]) with ``delta_W^T = A^T R``; live: bool [M, T], edit: [T]."""
         pseudo_keys, pseudo_grads = self.pseudo(keys, grads)
         eta, lam = self.log_eta.exp(), self.log_lam.exp()
         if self.config.solver == "outer":
@@ -85,8 +79,6 @@ class ShapeGroup(nn.Module):
             wanted = -(keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_grads
             return ridge_regression(keys, self._relative(wanted, wanted, edit, eta), lam, live)
         target = -eta[:, None, None] * self._step(pseudo_grads, edit)
-        if share is not None:
-            target = target * share[:, :, None]
         precision = self.protection.precision
         return protected_least_squares(pseudo_keys, target, lam, precision, live)
 
@@ -153,7 +145,6 @@ class Updater(nn.Module):
         if self.config.kind == "none":
             return {}
         shifts: dict[str, Shift] = {}
-        shares = self._shares(signals, mask) if self.config.step == "joint" else None
         for group, columns in zip(self.groups, self._columns, strict=True):
             scale = mask[:, columns.to(mask.device)].T[:, signals.edit]  # [M, T]
             live = scale.detach() != 0
@@ -169,34 +160,12 @@ class Updater(nn.Module):
                 keys, grads = (torch.where(sound[:, None, None], x, 0.0) for x in (keys, grads))
             # A module that no edit touches is solved as if all did; the others as in editing.
             system = live | ~live.any(-1, keepdim=True)
-            share = None if shares is None else shares[columns.to(shares.device)][:, signals.edit]
-            a, r = group.solve(keys, grads, system, signals.edit, share)
+            a, r = group.solve(keys, grads, system, signals.edit)
             finite = (sound & _finite(a.detach(), r.detach())).tolist()
             for m in index:
                 if finite[m]:
                     shifts[group.names[m]] = Shift(a[m], r[m].T, scale[m].to(a.dtype))
         return {n: shifts[n] for n in self.names if n in shifts}
-
-    @torch.no_grad()
-    def _shares(self, signals: Signals, mask: Tensor) -> Tensor:
-        """[L, E]: each module's part in a step of steepest descent, with a root mean square of 1
-        over the modules that an edit touches.
-
-        Where a change ``d_l`` of the outputs costs ``sum_l |d_l|^2 / power_l``, the cheapest way
-        to a given fall of the loss is ``d_l ~ power_l G_l``: relative to a typical output, in
-        proportion to ``sqrt(power_l) |G_l|``.
-        """
-        edits = len(signals.loss)
-        found = signals.loss.new_zeros(len(self.names), edits)
-        for group, columns in zip(self.groups, self._columns, strict=True):
-            _, grads = stack_group(signals, group.names)
-            length = grads.norm(dim=-1).nan_to_num()  # [M, T]
-            longest = length.new_zeros(len(length), edits)
-            longest = longest.scatter_reduce(1, signals.edit.expand_as(length), length, "amax")
-            found[columns.to(found.device)] = longest * group.protection.power.sqrt()[:, None]
-        live = (mask.detach().T != 0).to(found.dtype)
-        mean = (found.square() * live).sum(0) / live.sum(0).clamp(min=1)
-        return found / mean.sqrt().clamp(min=1e-20)
 
     def absorb(self, signals: Signals, mask: Tensor) -> None:
         """Protect the keys of an edit that was committed under ``mask`` [E, L]."""
@@ -272,7 +241,7 @@ class Updater(nn.Module):
 
     def _power(self, moments: KeyMoments) -> Tensor:
         """[]: what counts as the square of a typical output."""
-        robust = self.config.step in ("relative", "joint") and moments.typical is not None
+        robust = self.config.step == "relative" and moments.typical is not None
         return moments.typical if robust else moments.power
 
     def fit_protection(
