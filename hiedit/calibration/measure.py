@@ -99,6 +99,7 @@ def calibrate(
     def measured(modules: int) -> None:
         progress("effects", modules, len(names))
 
+    measured(0)
     for group in _groups(model, names):
         profiles += _profiles(Backbone(model, tokenizer, group), given, measured, len(profiles))
     modules = choose(profiles)
