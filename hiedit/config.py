@@ -134,7 +134,12 @@ class UpdaterConfig:
     normalise: ``running`` gives the solver standardised signals (RLEdit, MALMEN, UltraEdit),
     ``none`` raw ones. step: ``gradient`` wants the output change ``-eta G'``; ``relative`` one
     whose longest is ``eta`` times as long as the module's typical output, the median one; ``unit``
-    is the same with a mean for the protected solver, and ``gradient`` for the others.
+    is the same with a mean for the protected solver, and ``gradient`` for the others; ``natural``
+    (protected solver only) follows the natural gradient of all modules together, whose changes are
+    ``eta`` of a typical output in the root mean square over modules: see updaters/natural.py for
+    that and for ``damping`` and ``freedom``.
+    average_gradients, average_keys: how far (0 to 1) what the sequences of an edit say at the last
+    token of the subject is moved to its mean over them, see updaters/averaging.py.
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
@@ -177,16 +182,20 @@ class UpdaterConfig:
     own_text: int = 0
     subject_alone: bool = False
     preserve_subjects: float = 0.0
+    damping: float = 0.1
+    freedom: float = 1.0
+    average_gradients: float = 0.0
+    average_keys: float = 0.0
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)
         choice("method.updater.normalise", self.normalise, ("running", "none"))
-        choice("method.updater.step", self.step, ("gradient", "unit", "relative"))
+        choice("method.updater.step", self.step, ("gradient", "unit", "relative", "natural"))
         choice("method.updater.tokens", self.tokens, ("answer", "all", "subject", "auto"))
         choice("method.updater.absorb_in", self.absorb_in, ("touched", "all"))
         choice("method.updater.preserve_tokens", self.preserve_tokens, ("answer", "all"))
-        for key in ("eta", "lam", "eps"):
+        for key in ("eta", "lam", "eps", "damping"):
             at_least(f"method.updater.{key}", getattr(self, key), 0, strict=True)
         for key in ("rank", "blocks", "phrasing_edits"):
             at_least(f"method.updater.{key}", getattr(self, key), 1)
@@ -202,8 +211,20 @@ class UpdaterConfig:
             "phrasing",
             "own_text",
             "preserve_subjects",
+            "freedom",
         ):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
+        for key in ("average_gradients", "average_keys"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ValueError(
+                    f"method.updater.{key}={getattr(self, key)!r}: it must lie in [0, 1]"
+                )
+        if self.step == "natural" and self.solver != "protected":
+            raise ValueError(
+                f"method.updater.step='natural': the solver {self.solver!r} knows no protected "
+                "keys to weigh it against; set method.updater.solver=protected, or step to "
+                "relative"
+            )
         if self.phrasing and self.solver != "protected":
             raise ValueError(
                 f"method.updater.phrasing={self.phrasing!r}: it is part of the protection; set "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from hiedit.checks import choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.neutral import NEUTRAL
 from hiedit.data.tokens import encode
-from hiedit.knowledge.moments import moments_of
+from hiedit.knowledge.moments import curvature_of, moments_of
 from hiedit.knowledge.own_text import own_text
 from hiedit.policy.selectors import Selector, top_k_mask
 from hiedit.progress import Progress, Update
@@ -177,14 +177,19 @@ def fit_protection(
         return encode(backbone.tokenizer, list(some), padding_side="left").to(backbone.device)
 
     with Progress() as progress:
+
+        def tell(what: str) -> Callable[[int, int], None]:
+            return lambda done, total: progress.show(
+                Update("protection", what, done, total, unit="texts")
+            )
+
+        config = updater.config
         moments = moments_of(
-            backbone,
-            pairs,
-            updater.config.preserve_tokens,
-            lambda done, total: progress.show(
-                Update("protection", "measuring keys", done, total, unit="texts")
-            ),
-        )
+            backbone, pairs, config.preserve_tokens, tell("measuring keys"),
+            subjects=config.preserve_subjects > 0,
+        )  # fmt: skip
+        if config.step == "natural":
+            updater.fit_curvature(curvature_of(backbone, pairs, tell("measuring curvature")))
     scatter = None
     if facts:
         scatter = phrasing_scatter(backbone, (tokens(fact) for fact in facts))

@@ -26,7 +26,18 @@ from hiedit.updaters.memory import absorb_kept, lifelong_state, load_lifelong_st
 SAVE_EVERY = 256  # edits between two copies
 CONTEXTS = "contexts"  # attachment, and its only tensor
 # Settings that came after the first ledgers: at their defaults a method's memory is as before.
-LATER = {UpdaterConfig: ("contexts", "own_text", "subject_alone", "preserve_subjects")}
+LATER = {
+    UpdaterConfig: (
+        "contexts",
+        "own_text",
+        "subject_alone",
+        "preserve_subjects",
+        "damping",
+        "freedom",
+        "average_gradients",
+        "average_keys",
+    )
+}
 
 
 def memory_tag(config: MethodConfig) -> str:

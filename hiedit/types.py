@@ -114,6 +114,8 @@ class Signals:
     loss: [E], edit loss (mean negative log-likelihood of the answer's tokens, nats).
     confidence: [E], smallest probability of any answer token.
     state: [E, L, F], what the policy is told of every module beside these (rl/features.py).
+    subject: bool [T], the tokens that are the last of their sequence's subject; None where nobody
+        asked for these.
     """
 
     keys: Mapping[str, Tensor]
@@ -122,6 +124,7 @@ class Signals:
     loss: Tensor
     confidence: Tensor
     state: Tensor | None = None
+    subject: Tensor | None = None
 
     def first(self, edits: int) -> Signals:
         """Those of the first ``edits`` edits alone."""
@@ -135,6 +138,7 @@ class Signals:
             self.loss[:edits],
             self.confidence[:edits],
             None if self.state is None else self.state[:edits],
+            None if self.subject is None else self.subject[kept],
         )
 
 

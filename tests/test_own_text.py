@@ -9,7 +9,7 @@ import torch
 from models import tiny_model, tiny_tokenizer
 
 from hiedit.backbone.model import Backbone
-from hiedit.knowledge import moments, own_text
+from hiedit.knowledge import kept, moments, own_text
 
 NAMES = ["model.layers.{0-1}.mlp.down_proj"]
 PAIRS = [("Rome lies in", "Italy"), ("Lima is in", "Peru")]
@@ -49,7 +49,7 @@ def test_it_is_plain_sampling_whatever_the_model_says(backbone):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_large_models_are_kept_on_disk(backbone, monkeypatch, tmp_path, large):
-    for module in (own_text, moments):
+    for module in (own_text, kept):
         monkeypatch.setattr(module, "WORTH", 0 if large else 10**9)
     first = own_text.own_text(backbone, 6)
     found = moments.moments_of(backbone, PAIRS, "all")
@@ -72,7 +72,7 @@ def test_a_large_models_are_kept_on_disk(backbone, monkeypatch, tmp_path, large)
 def test_a_damaged_file_is_measured_again_and_other_weights_are_another_model(
     backbone, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(moments, "WORTH", 0)
+    monkeypatch.setattr(kept, "WORTH", 0)
     found = moments.moments_of(backbone, PAIRS, "all")
     for path in (tmp_path / "cache").rglob("*.safetensors"):
         path.write_bytes(b"no tensors")

@@ -98,7 +98,14 @@ class Probe:
             edit=edit,
             loss=self.loss,
             confidence=self.confidence,
+            subject=self._named(where),
         )
+
+    def _named(self, where: Tensor) -> Tensor | None:
+        """bool [T]: which of the edit tokens ``where`` [N, S] are the last of a subject."""
+        if self._tokens != "subject" or self._batch.subject is None:
+            return None
+        return (self._batch.subject >= 0)[:, None].expand_as(where)[where]
 
 
 def _shared(grads: Tensor, edit: Tensor, asked: Tensor, edits: int) -> Tensor:

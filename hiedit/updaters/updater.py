@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +16,9 @@ from hiedit.backbone.moments import KeyMoments
 from hiedit.backbone.normalise import RunningNorm, stack_group
 from hiedit.config import UpdaterConfig
 from hiedit.types import Shift, Shifts, Signals
+from hiedit.updaters.averaging import averaged
 from hiedit.updaters.hypernetwork import Hypernetwork
+from hiedit.updaters.natural import NaturalGradient, joint_length
 from hiedit.updaters.protection import Protection
 from hiedit.updaters.solvers import (
     least_squares,
@@ -49,6 +52,8 @@ class ShapeGroup(nn.Module):
         self.protection = (
             Protection(m, i, config.eps, config.absorb, config.phrasing) if protects else None
         )
+        natural = config.step == "natural"
+        self.natural = NaturalGradient(m, o, config.damping, config.freedom) if natural else None
 
     def pseudo(self, keys: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
         """(K' [M, T, I], G' [M, T, O]): normalised, or raw plus the hypernetwork's change."""
@@ -62,10 +67,19 @@ class ShapeGroup(nn.Module):
         return keys + (k2 - k) * key_std, grads + (g2 - g) * grad_std
 
     def solve(
-        self, keys: Tensor, grads: Tensor, live: Tensor, edit: Tensor
+        self,
+        keys: Tensor,
+        grads: Tensor,
+        live: Tensor,
+        edit: Tensor,
+        pseudo: tuple[Tensor, Tensor],
+        joint: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """(A [M, T, I], R [M, T, O]) with ``delta_W^T = A^T R``; live: bool [M, T], edit: [T]."""
-        pseudo_keys, pseudo_grads = self.pseudo(keys, grads)
+        """(A [M, T, I], R [M, T, O]) with ``delta_W^T = A^T R``; live: bool [M, T], edit: [T].
+
+        pseudo: ``self.pseudo(keys, grads)``. joint: [E], of steps that modules take together.
+        """
+        pseudo_keys, pseudo_grads = pseudo
         eta, lam = self.log_eta.exp(), self.log_lam.exp()
         if self.config.solver == "outer":
             if self.power is None:
@@ -78,7 +92,8 @@ class ShapeGroup(nn.Module):
                 return least_squares(keys, pseudo_keys, pseudo_grads, eta, lam, live)
             wanted = -(keys * pseudo_keys).sum(-1, keepdim=True) * pseudo_grads
             return ridge_regression(keys, self._relative(wanted, wanted, edit, eta), lam, live)
-        target = -eta[:, None, None] * self._step(pseudo_grads, edit)
+        step = self._step(pseudo_grads, edit) if joint is None else pseudo_grads / joint[edit, None]
+        target = -eta[:, None, None] * step
         precision = self.protection.precision
         return protected_least_squares(pseudo_keys, target, lam, precision, live)
 
@@ -89,6 +104,15 @@ class ShapeGroup(nn.Module):
         longest = _longest(grads, edit)
         return grads * (self.protection.power.sqrt()[:, None] / longest)[:, :, None]
 
+    def joint(self, keys: Tensor, grads: Tensor, edit: Tensor) -> tuple[Tensor, Tensor]:
+        """(W [M, T, O], lengths [M, E]): natural gradients at pseudo-keys [M, T, I], and the longest
+        of each edit against a typical output."""
+        protection = self.protection
+        free = ((keys @ protection.precision) * keys).sum(-1) / protection.unit[:, None]
+        free = averaged(free[:, :, None], edit, torch.ones_like(edit, dtype=torch.bool))[:, :, 0]
+        rows = self.natural(grads, free)
+        return rows, _by_edit(rows, edit) / protection.power.sqrt()[:, None]
+
     def _relative(self, rows: Tensor, change: Tensor, edit: Tensor, eta: Tensor) -> Tensor:
         """``rows`` [M, T, O], scaled for each edit so that the longest of its changes of the
         outputs, ``change`` [M, T, O], is ``eta`` times as long as a typical output."""
@@ -98,10 +122,32 @@ class ShapeGroup(nn.Module):
 
 def _longest(rows: Tensor, edit: Tensor) -> Tensor:
     """[M, T]: the largest norm of any row [M, T, O] of the token's edit."""
+    return _by_edit(rows, edit)[:, edit].clamp(min=1e-20)
+
+
+def _by_edit(rows: Tensor, edit: Tensor) -> Tensor:
+    """[M, E]: the largest norm of any row [M, T, O] of each edit."""
     length = rows.norm(dim=-1)
     longest = length.new_zeros(len(length), int(edit.max()) + 1)
-    longest = longest.scatter_reduce(1, edit.expand_as(length), length, "amax")
-    return longest[:, edit].clamp(min=1e-20)
+    return longest.scatter_reduce(1, edit.expand_as(length), length, "amax")
+
+
+@dataclass
+class _Part:
+    """One group's share of ``Updater.forward``.
+
+    index: the modules that get a shift. scale: [M, T], the mask by token. keys, grads, pseudo: of
+    the edit. sound: bool [M], what is finite. system: bool [M, T], the tokens that are solved for.
+    """
+
+    group: ShapeGroup
+    index: list[int]
+    scale: Tensor
+    keys: Tensor
+    grads: Tensor
+    pseudo: tuple[Tensor, Tensor]
+    sound: Tensor
+    system: Tensor
 
 
 class Updater(nn.Module):
@@ -145,27 +191,57 @@ class Updater(nn.Module):
         if self.config.kind == "none":
             return {}
         shifts: dict[str, Shift] = {}
-        for group, columns in zip(self.groups, self._columns, strict=True):
-            scale = mask[:, columns.to(mask.device)].T[:, signals.edit]  # [M, T]
-            live = scale.detach() != 0
-            touched = live.any(-1).tolist()  # here and below: one wait for the device, not M
-            index = [m for m, on in enumerate(touched) if on or every]
-            if not index:
-                continue
-            keys, grads = stack_group(signals, group.names)
-            sound = _finite(keys, grads)
-            if not bool(sound.all()):
-                # Zeros in place of NaN: the modules share parameters, whose gradients must stay
-                # sound.
-                keys, grads = (torch.where(sound[:, None, None], x, 0.0) for x in (keys, grads))
-            # A module that no edit touches is solved as if all did; the others as in editing.
-            system = live | ~live.any(-1, keepdim=True)
-            a, r = group.solve(keys, grads, system, signals.edit)
-            finite = (sound & _finite(a.detach(), r.detach())).tolist()
-            for m in index:
+        parts = [
+            part
+            for group, columns in zip(self.groups, self._columns, strict=True)
+            if (part := self._part(group, columns, signals, mask, every)) is not None
+        ]
+        joint = self._together(parts, signals.edit) if self.config.step == "natural" else None
+        for part in parts:
+            a, r = part.group.solve(
+                part.keys, part.grads, part.system, signals.edit, part.pseudo, joint
+            )
+            finite = (part.sound & _finite(a.detach(), r.detach())).tolist()
+            for m in part.index:
                 if finite[m]:
-                    shifts[group.names[m]] = Shift(a[m], r[m].T, scale[m].to(a.dtype))
+                    shifts[part.group.names[m]] = Shift(a[m], r[m].T, part.scale[m].to(a.dtype))
         return {n: shifts[n] for n in self.names if n in shifts}
+
+    def _part(
+        self, group: ShapeGroup, columns: Tensor, signals: Signals, mask: Tensor, every: bool
+    ) -> _Part | None:
+        """What ``group`` is solved from; None where it gets no shift."""
+        scale = mask[:, columns.to(mask.device)].T[:, signals.edit]  # [M, T]
+        live = scale.detach() != 0
+        touched = live.any(-1).tolist()  # one wait for the device, not M
+        index = [m for m, on in enumerate(touched) if on or every]
+        if not index:
+            return None
+        keys, grads = stack_group(signals, group.names)
+        sound = _finite(keys, grads)
+        if not bool(sound.all()):
+            # Zeros in place of NaN: the modules share parameters, whose gradients must stay sound.
+            keys, grads = (torch.where(sound[:, None, None], x, 0.0) for x in (keys, grads))
+        keys = averaged(keys, signals.edit, signals.subject, self.config.average_keys)
+        grads = averaged(grads, signals.edit, signals.subject, self.config.average_gradients)
+        # A module that no edit touches is solved as if all did; the others as in editing.
+        system = live | ~live.any(-1, keepdim=True)
+        return _Part(group, index, scale, keys, grads, group.pseudo(keys, grads), sound, system)
+
+    def _together(self, parts: list[_Part], edit: Tensor) -> Tensor | None:
+        """[E]: the length of the parts' natural gradients, which take the pseudo-gradients' place:
+        that over the modules that an edit touches; over all where it touches none."""
+        if not parts:
+            return None
+        lengths, live = [], []
+        for part in parts:
+            keys, grads = part.pseudo
+            rows, length = part.group.joint(keys, grads, edit)
+            part.pseudo = keys, rows
+            lengths.append(length.detach())
+            on = (part.scale.detach() != 0).to(length.dtype)
+            live.append(length.new_zeros(length.shape).index_add(1, edit, on) > 0)
+        return joint_length(torch.cat(lengths), torch.cat(live))
 
     def absorb(self, signals: Signals, mask: Tensor) -> None:
         """Protect the keys of an edit that was committed under ``mask`` [E, L]."""
@@ -239,9 +315,14 @@ class Updater(nn.Module):
             return moments.moment
         return moments.moment + self.config.preserve_subjects * moments.subjects
 
+    def fit_curvature(self, curvature: Mapping[str, Tensor]) -> None:
+        """curvature: by module, the Fisher information of its outputs [O, O]."""
+        for group in self.groups:
+            group.natural.fit(torch.stack([curvature[n] for n in group.names]))
+
     def _power(self, moments: KeyMoments) -> Tensor:
         """[]: what counts as the square of a typical output."""
-        robust = self.config.step == "relative" and moments.typical is not None
+        robust = self.config.step in ("relative", "natural") and moments.typical is not None
         return moments.typical if robust else moments.power
 
     def fit_protection(

@@ -1,0 +1,71 @@
+"""Tensors measured once for a model, kept in the cache by module.
+
+CACHE/KIND/KEY/MODULE.safetensors, KEY from the model's weights and from what was measured. Only
+saves time: a file that is missing or damaged is measured again, and a disk that cannot be written
+to is no failure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from hiedit.backbone.model import Backbone
+from hiedit.models.cache import cache_dir
+from hiedit.models.identity import fingerprint
+
+WORTH = 20_000_000  # parameters; a smaller model is measured before a file is read
+Parts = dict[str, Tensor]
+
+
+def worth_keeping(backbone: Backbone) -> bool:
+    """Whether reading what was measured of this model takes less time than measuring it."""
+    return sum(p.numel() for p in backbone.model.parameters()) >= WORTH
+
+
+def kept(
+    backbone: Backbone, kind: str, about: Any, measure: Callable[[], Mapping[str, Parts]]
+) -> dict[str, Parts]:
+    """By module, what ``measure`` gives, from the cache where all modules are there.
+
+    about: JSON, what besides the model decides the measurement.
+    """
+    if not worth_keeping(backbone):
+        return dict(measure())
+    place = cache_dir() / kind / _key(backbone, about)
+    found = {name: _read(place / f"{name}.safetensors") for name in backbone.names}
+    if any(parts is None for parts in found.values()):
+        found = dict(measure())
+        for name, parts in found.items():
+            _write(place / f"{name}.safetensors", parts)
+    return {n: {k: t.to(backbone.device) for k, t in parts.items()} for n, parts in found.items()}
+
+
+def _key(backbone: Backbone, about: Any) -> str:
+    tokenizer = backbone.tokenizer
+    said = json.dumps([about, type(tokenizer).__name__, len(tokenizer)])
+    return hashlib.sha256((fingerprint(backbone.model) + said).encode()).hexdigest()[:24]
+
+
+def _read(path: Path) -> Parts | None:
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError):
+        return None
+
+
+def _write(path: Path, parts: Parts) -> None:
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with contextlib.suppress(OSError, SafetensorError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({n: t.contiguous().cpu() for n, t in parts.items()}, temporary)
+        os.replace(temporary, path)

@@ -1,0 +1,26 @@
+"""What the sequences of one edit have in common, at the last token of its subject.
+
+ROME (Meng et al. 2022, eq. 3) and MEMIT write one value at one key, the mean over several contexts:
+what contexts do not share is left out of it. Shapes: ``T`` edit tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def averaged(rows: Tensor, edit: Tensor, subject: Tensor | None, share: float = 1.0) -> Tensor:
+    """``rows`` [M, T, D], moved by ``share`` of the way to their mean over the subject's tokens of
+    the same edit; other tokens as they are.
+
+    edit: int64 [T]. subject: bool [T], None where there is no subject's token.
+    """
+    if subject is None or not share or not bool(subject.any()):
+        return rows
+    edits = int(edit.max()) + 1
+    total = rows.new_zeros(len(rows), edits, rows.shape[-1])
+    total = total.index_add(1, edit[subject], rows[:, subject])
+    count = torch.bincount(edit[subject], minlength=edits).clamp(min=1)
+    mean = (total / count[:, None])[:, edit]
+    return torch.where(subject[:, None], rows.lerp(mean, share), rows)
