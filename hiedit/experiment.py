@@ -168,6 +168,10 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
     chosen = EditStream(held, stream).requests
     own = _kept(path / PRESERVE) if (path / PRESERVE).is_file() else ()
     preserve = own or knowledge_in(train, chosen)
+    if not dataset.subjects:
+        train, chosen = (
+            tuple(dataclasses.replace(r, subject=None) for r in x) for x in (train, chosen)
+        )
     return Data(tuple(train), chosen, preserve, skipped)
 
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,25 +14,26 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.backbone.moments import phrasing_scatter, typical_power
 from hiedit.checks import choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.neutral import NEUTRAL
-from hiedit.data.tokens import encode
-from hiedit.knowledge.moments import curvature_of, moments_of
-from hiedit.knowledge.own_text import own_text
+from hiedit.knowledge.fitting import (
+    fit_power,
+    fit_protection,
+    own_pairs,
+    phrasings_of,
+    preserved_pairs,
+)
 from hiedit.policy.selectors import Selector, top_k_mask
-from hiedit.progress import Progress, Update
 from hiedit.rl.effects import best_subset, single_module_effects
 from hiedit.rl.environment import Environment
 from hiedit.rl.learner import Learner
 from hiedit.rl.objective import Objective
 from hiedit.rl.preserved import Preserved, known_pairs
-from hiedit.rl.reference import Pair
 from hiedit.rl.rollout import Rollout
 from hiedit.rl.sequences import EditSequences, as_tensor, draw_contexts, from_tensor
 from hiedit.rl.training import Trainer
-from hiedit.types import EditBatch, EditRequest, TokenBatch
+from hiedit.types import EditBatch, EditRequest
 from hiedit.updaters.updater import Updater
 
 PRESERVED = "preserved.pairs"  # among an editor's tensors: prompts that its edits ask
@@ -91,7 +91,7 @@ def build_method(
         pairs = preserved_pairs(config, train, preserve)
     if protects:
         facts = phrasings_of(train, config) if config.updater.phrasing else ()
-        fit_protection(backbone, updater, [*pairs, *_own(backbone, config)], facts)
+        fit_protection(backbone, updater, [*pairs, *own_pairs(backbone, config)], facts)
     if updater.wants_power:
         fit_power(backbone, updater, preserve or NEUTRAL)
     if config.passes.preserved:
@@ -162,92 +162,6 @@ def _empty(backbone: Backbone, config: MethodConfig, seed: int) -> Method:
     updater = Updater(backbone.names, groups, config.updater).to(backbone.device)
     selector = Selector(backbone.names, groups, config.selector, seed).to(backbone.device)
     return Method(config, Rollout(Environment(backbone), selector, updater, config.passes))
-
-
-def fit_protection(
-    backbone: Backbone,
-    updater: Updater,
-    pairs: Sequence[tuple[str, str]],
-    facts: Sequence[Sequence[tuple[str, str]]] = (),
-) -> None:
-    """Fit the updater's protection on sentences made of ``pairs`` (prompt, answer); ``facts``: the
-    phrasings of one fact each, where the updater's ``phrasing`` wants them."""
-
-    def tokens(some: Sequence[tuple[str, str]]) -> TokenBatch:
-        return encode(backbone.tokenizer, list(some), padding_side="left").to(backbone.device)
-
-    with Progress() as progress:
-
-        def tell(what: str) -> Callable[[int, int], None]:
-            return lambda done, total: progress.show(
-                Update("protection", what, done, total, unit="texts")
-            )
-
-        config = updater.config
-        moments = moments_of(
-            backbone, pairs, config.preserve_tokens, tell("measuring keys"),
-            subjects=config.preserve_subjects > 0,
-        )  # fmt: skip
-        if config.step == "natural":
-            updater.fit_curvature(curvature_of(backbone, pairs, tell("measuring curvature")))
-    scatter = None
-    if facts:
-        scatter = phrasing_scatter(backbone, (tokens(fact) for fact in facts))
-    updater.fit_protection(moments, scatter)
-
-
-def _own(backbone: Backbone, config: MethodConfig) -> tuple[Pair, ...]:
-    """What the model writes by itself, as much as ``config`` protects."""
-    if not config.updater.own_text:
-        return ()
-    with Progress() as progress:
-        return own_text(
-            backbone,
-            config.updater.own_text,
-            tell=lambda done, total: progress.show(
-                Update("protection", "own text", done, total, unit="texts")
-            ),
-        )
-
-
-def fit_power(backbone: Backbone, updater: Updater, pairs: Sequence[Pair], most: int = 64) -> None:
-    """Tell ``updater`` how large its modules' outputs are, on the first ``most`` sentences made of
-    ``pairs``."""
-    tokens = encode(backbone.tokenizer, list(pairs[:most]), padding_side="left")
-    updater.fit_power(typical_power(backbone, [tokens.to(backbone.device)]))
-
-
-def preserved_pairs(
-    config: MethodConfig, train: Sequence[EditRequest], preserve: Sequence[Pair]
-) -> list[Pair]:
-    """The (prompt, answer) pairs that ``build_method`` protects and asks: ``preserve``, else the
-    unrelated prompts of ``train``; ValueError if there are none."""
-    pairs = list(preserve) or [(p.prompt, p.answer) for r in train for p in r.locality if p.answer]
-    if not pairs:
-        raise ValueError(
-            f"method {config.name!r} protects knowledge (updater.solver=protected or "
-            "passes.preserved) and needs prompts with answers to preserve: give training records "
-            "with locality prompts"
-        )
-    return pairs[: config.updater.preserve]
-
-
-def phrasings_of(train: Sequence[EditRequest], config: MethodConfig) -> list[list[tuple[str, str]]]:
-    """By training edit, (phrasing, answer as the model has it) of its prompt and paraphrases; a
-    warning where none has two."""
-    found = [
-        [(p, r.old_target or r.target) for p in (r.prompt, *r.paraphrases)]
-        for r in train
-        if r.paraphrases
-    ]
-    if not found:
-        warnings.warn(
-            f"method {config.name!r} would learn what phrasings of a fact share (method.updater."
-            f"phrasing={config.updater.phrasing}), but no training edit has a paraphrase: it edits "
-            "without",
-            stacklevel=2,
-        )
-    return found[: config.updater.phrasing_edits]
 
 
 def load_method(path: str | Path) -> MethodConfig:

@@ -57,6 +57,7 @@ class DatasetConfig:
     directory that holds ``train.json`` and ``stream.json``, and may hold ``preserve.json``: a list
     of [prompt, answer] to protect (without it: the unrelated prompts of the training records).
     stream_path: a file of its own for the stream. schema: null recognises it from its fields.
+    subjects: false looks every subject up in its prompt, whatever the records say.
     """
 
     name: str = "world"
@@ -64,6 +65,7 @@ class DatasetConfig:
     stream_path: str | None = None
     schema: str | None = None
     skip_bad_rows: bool = False
+    subjects: bool = True
 
     def __post_init__(self):
         if not self.path:

@@ -11,6 +11,7 @@ never ends a training: the failure is reported once, counted, and the run goes o
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -92,10 +93,9 @@ class MlflowTracker:
 
     def __enter__(self) -> Self:
         self._mlflow = _import_mlflow()
-        if database := sqlite_path(self.uri):
-            database.parent.mkdir(parents=True, exist_ok=True)
-        self._client = self._mlflow.MlflowClient(self.uri)
-        self._experiment_id = self._find_experiment()
+        with _alone(sqlite_path(self.uri)):
+            self._client = self._mlflow.MlflowClient(self.uri)
+            self._experiment_id = self._find_experiment()
         self.run_id = self._create_run(self.run_name, self._tags() | {"role": "job"})
         self._flushed = time.monotonic()
         return self
@@ -304,6 +304,19 @@ class MlflowTracker:
     def _tags(self) -> dict[str, str]:
         seed = {} if self.seed is None else {"seed": str(self.seed)}
         return environment_tags() | seed
+
+
+@contextlib.contextmanager
+def _alone(database: Path | None) -> Iterator[None]:
+    """No other process of ours creates the tables of ``database`` meanwhile, or one would fail."""
+    if database is None:
+        yield
+        return
+    from filelock import FileLock  # comes with transformers
+
+    database.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(database.with_name(f"{database.name}.lock")):
+        yield
 
 
 def make_tracker(

@@ -50,7 +50,7 @@ def test_edit_step_of_a_batch_agrees_too(capsys):
 
 def test_edit_step_refuses_a_wrong_shift(monkeypatch):
     """Ours made 1% larger: that is not the same edit, however fast."""
-    from hiedit.updaters.updater import ShapeGroup
+    from hiedit.updaters.group import ShapeGroup
 
     solve = ShapeGroup.solve
     monkeypatch.setattr(

@@ -17,7 +17,7 @@ from hiedit.evaluation.results import read_details, read_results
 from hiedit.experiment import Hooks, complete_locality, load_backbone, load_data, run_method
 from hiedit.methods import build_method, load_editor, save_editor
 from hiedit.run import run
-from hiedit.runconfig import ModelConfig
+from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.types import EditBatch, EditRequest, Locality
 from hiedit.world import world_requests
 
@@ -229,3 +229,24 @@ def test_records_without_gold_answers(name, tmp_path):
     (result,) = run(config, [quick(name)])
     assert result.scores.LS is not None and result.scores.LS_gold is None
     assert result.before.LS == 1 and result.layers_per_edit > 0
+
+
+def test_subjects_of_the_records_may_be_left_out(tmp_path):
+    path = tmp_path / "records.json"
+    rows = [
+        {
+            "prompt": f"{who} was born in",
+            "target_new": "Rome",
+            "subject": who,
+            "ground_truth": "Bonn",
+        }
+        for who in ("Ada", "Max", "Eve", "Kim")
+    ]
+    path.write_text(json.dumps(rows))
+    given, left = (
+        load_data(DatasetConfig("x", str(path), subjects=subjects), StreamConfig(length=1))
+        for subjects in (True, False)
+    )
+    assert all(r.subject for r in (*given.train, *given.stream))
+    assert not any(r.subject for r in (*left.train, *left.stream))
+    assert [r.prompt for r in left.train] == [r.prompt for r in given.train]

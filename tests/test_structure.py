@@ -19,7 +19,7 @@ PACKAGE = ROOT / "hiedit"
 # but the command line, and no listed room may import them.
 LAYERS = [
     {"checks"},
-    {"types", "progress", "config", "durable", "extension", "provenance"},
+    {"types", "progress", "config", "updaterconfig", "durable", "extension", "provenance"},
     {"data", "world"},
     {"backbone", "models"},
     {"policy", "updaters", "ledger"},

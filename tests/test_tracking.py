@@ -283,3 +283,19 @@ def test_the_commit_of_a_foreign_repository_is_not_reported(tmp_path, monkeypatc
     subprocess.run([*git, "add", "."], check=True)
     tags = provenance.environment_tags.__wrapped__()
     assert len(tags["git_commit"]) == 40 and tags["git_dirty"] == "true"
+
+
+def test_two_runs_may_begin_at_once_on_no_database(tmp_path):
+    """Each process would create MLflow's tables, and the second to do so fail."""
+    program = (
+        "import sys; from hiedit.tracking import make_tracker\n"
+        "with make_tracker('mlflow', directory=sys.argv[1]): pass"
+    )
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path)], cwd=ROOT, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=180)[1].decode() for process in started]
+    assert [process.returncode for process in started] == [0, 0], "\n".join(said)

@@ -19,6 +19,7 @@ from datetime import UTC, datetime
 import torch
 from torch import nn
 
+from hiedit.backbone.curvature import output_curvature
 from hiedit.backbone.losses import answer_hits, answer_kl, mean_by_row
 from hiedit.backbone.model import Backbone, at_tokens
 from hiedit.backbone.modules import candidates, linear_layers
@@ -43,6 +44,9 @@ from hiedit.world import world_requests
 UPDATER = UpdaterConfig(
     kind="closed_form", solver="protected", step="relative", preserve_tokens="all", eta=0.3
 )
+# What closed-form edits with, whose step is measured.
+STEPS = {"step": "natural", "freedom": 2.0, "average_gradients": 1.0, "average_keys": 1.0}
+CURVED = 16  # sentences at once that the curvature is measured on
 CONTEXTS = 3  # behind which an edit is made, where the model's place has no fewer
 PASSES = PassesConfig(max=10, target_probability=0.8)
 ETAS = (0.1, 0.2, 0.3, 0.45)
@@ -237,7 +241,8 @@ def _fitted(
 
 def _steps(backbone: Backbone, given: Given, progress: Tell) -> list[StepProfile]:
     moments = key_moments(backbone, _batches(backbone, given.preserve))
-    updater = _fitted(backbone, moments, given.updater)
+    updater = _fitted(backbone, moments, dataclasses.replace(given.updater, **STEPS))
+    updater.fit_curvature(output_curvature(backbone, _batches(backbone, given.preserve, CURVED)))
     selector = Selector(backbone.names, backbone.shape_groups(), SelectorConfig(kind="all"))
     env, requests, found = Environment(backbone), given.requests[:STEP_EDITS], []
     for number, eta in enumerate(ETAS):
@@ -284,6 +289,6 @@ def _encoded(backbone: Backbone, pairs: Sequence[Pair]) -> TokenBatch:
     return encode(backbone.tokenizer, list(pairs), padding_side="left").to(backbone.device)
 
 
-def _batches(backbone: Backbone, pairs: Sequence[Pair]) -> Iterator[TokenBatch]:
-    for at in range(0, len(pairs), BATCH):
-        yield _encoded(backbone, pairs[at : at + BATCH])
+def _batches(backbone: Backbone, pairs: Sequence[Pair], size: int = BATCH) -> Iterator[TokenBatch]:
+    for at in range(0, len(pairs), size):
+        yield _encoded(backbone, pairs[at : at + size])

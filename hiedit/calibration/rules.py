@@ -70,10 +70,10 @@ def choose_step(steps: Sequence[StepProfile]) -> float:
 
 def calibrated(config: MethodConfig, calibration: Calibration | None) -> MethodConfig:
     """``config`` with the measured step, where its steps are of the kind that was measured: closed
-    form, protected, in units of a module's typical output."""
+    form, protected, along the natural gradient."""
     updater = config.updater
-    measured = updater.kind == "closed_form" and updater.solver == "protected"
-    if calibration is None or not measured or updater.step == "gradient":
+    measured = updater.kind == "closed_form" and updater.step == "natural"
+    if calibration is None or not measured:
         return config
     return dataclasses.replace(
         config, updater=dataclasses.replace(updater, eta=float(calibration.eta))
