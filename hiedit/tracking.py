@@ -306,17 +306,14 @@ class MlflowTracker:
         return environment_tags() | seed
 
 
-@contextlib.contextmanager
-def _alone(database: Path | None) -> Iterator[None]:
+def _alone(database: Path | None) -> contextlib.AbstractContextManager:
     """No other process of ours creates the tables of ``database`` meanwhile, or one would fail."""
     if database is None:
-        yield
-        return
+        return contextlib.nullcontext()
     from filelock import FileLock  # comes with transformers
 
     database.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(database.with_name(f"{database.name}.lock")):
-        yield
+    return FileLock(database.with_name(f"{database.name}.lock"))
 
 
 def make_tracker(

@@ -19,7 +19,8 @@ PACKAGE = ROOT / "hiedit"
 # but the command line, and no listed room may import them.
 LAYERS = [
     {"checks"},
-    {"types", "progress", "config", "updaterconfig", "durable", "extension", "provenance"},
+    {"updaterconfig"},
+    {"types", "progress", "config", "durable", "extension", "provenance"},
     {"data", "world"},
     {"backbone", "models"},
     {"policy", "updaters", "ledger"},
