@@ -60,7 +60,7 @@ def loaded():
 def method(ledger) -> str:
     """A closed-form method that has little to measure before it starts, beside the ledger."""
     path = ledger.parent / "method.yaml"
-    path.write_text(METHOD)
+    path.write_text(METHOD.replace("step: unit", "step: natural"))
     return str(path)
 
 

@@ -68,14 +68,15 @@ class ShapeGroup(nn.Module):
         grads: Tensor,
         live: Tensor,
         edit: Tensor,
-        pseudo: tuple[Tensor, Tensor],
+        pseudo: tuple[Tensor, Tensor] | None = None,
         joint: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """(A [M, T, I], R [M, T, O]) with ``delta_W^T = A^T R``; live: bool [M, T], edit: [T].
 
-        pseudo: ``self.pseudo(keys, grads)``. joint: [E], of steps that modules take together.
+        pseudo: in place of ``self.pseudo(keys, grads)``. joint: [E], of steps that modules take
+        together.
         """
-        pseudo_keys, pseudo_grads = pseudo
+        pseudo_keys, pseudo_grads = pseudo or self.pseudo(keys, grads)
         eta, lam = self.log_eta.exp(), self.log_lam.exp()
         if self.config.solver == "outer":
             if self.power is None:
