@@ -164,8 +164,9 @@ def plan(facts: Facts, method: MethodConfig, machines: Machines, **seen: int) ->
     shard = -(-facts.parameters * facts.bytes // ranks)
     ledger = sum(i * o for i, o in facts.editable) * (4 + facts.bytes) // ranks
     protects = method.updater.kind != "none" and method.updater.solver == "protected"
+    curved = [o for _, o in facts.editable] if method.updater.step == "natural" else ()
     kept, fitted = (
-        protection_bytes([i for i, _ in facts.editable], bool(method.updater.phrasing))
+        protection_bytes([i for i, _ in facts.editable], bool(method.updater.phrasing), curved)
         if protects
         else (0, 0)
     )

@@ -4,7 +4,8 @@ Three parts stay from step to step and one goes with the step:
 
 learner        hypernetwork and policy, their gradients and Adam's two moments (fp32);
 protection     of every editable module two [I, I] matrices (fp32), where the solver protects, and a
-               third where it knows the scatter of phrasings;
+               third where it knows the scatter of phrasings; one [O, O] where steps follow the
+               natural gradient;
 ledger         of every editable module a copy of W_0 and the sum of its shifts (fp32);
 step           activations above the lowest editable module, factors, logits.
 
@@ -13,6 +14,7 @@ step           activations above the lowest editable module, factors, logits.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -88,11 +90,14 @@ def step_bytes(s: Shape) -> dict[str, int]:
     }
 
 
-def protection_bytes(i: list[int], phrasing: bool) -> tuple[int, int]:
+def protection_bytes(i: list[int], phrasing: bool, curved: Sequence[int] = ()) -> tuple[int, int]:
     """(resident, while it is fitted) of modules with ``i`` inputs each: moment and precision in
-    fp32, and the scatter of phrasings where there is one; and beside them what they are made of,
+    fp32, the scatter of phrasings where there is one, and the curvature of ``curved`` outputs each
+    where steps follow it (by module and stacked while it is fitted); and beside them what they are made of,
     twice (by module and stacked), one of them scaled, and in fp64 one module's matrix, its factor
     and its inverse."""
     square = sum(n * n for n in i)
     measured = 1 + phrasing
-    return 4 * (1 + measured) * square, 4 * (2 * measured + 1) * square + 24 * max(i) ** 2
+    outputs = sum(n * n for n in curved)
+    resident = 4 * (1 + measured) * square + 4 * outputs
+    return resident, 4 * (2 * measured + 1) * square + 24 * max(i) ** 2 + 8 * outputs

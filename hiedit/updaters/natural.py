@@ -37,7 +37,8 @@ class NaturalGradient(nn.Module):
     def fit(self, curvature: Tensor) -> None:
         """curvature: [M, O, O], Fisher information of the modules' outputs."""
         eye = torch.eye(curvature.shape[-1], dtype=torch.float64, device=curvature.device)
-        for m, dense in enumerate(curvature.double()):
+        for m, found in enumerate(curvature):  # one at a time, as the protection does
+            dense = found.double()
             unit = dense.diagonal().mean().clamp(min=1e-30)
             root = torch.linalg.cholesky(dense / unit + self.damping * eye)
             self.inverse[m] = torch.cholesky_inverse(root) / unit
