@@ -93,9 +93,8 @@ def step_bytes(s: Shape) -> dict[str, int]:
 def protection_bytes(i: list[int], phrasing: bool, curved: Sequence[int] = ()) -> tuple[int, int]:
     """(resident, while it is fitted) of modules with ``i`` inputs each: moment and precision in
     fp32, the scatter of phrasings where there is one, and the curvature of ``curved`` outputs each
-    where steps follow it (by module and stacked while it is fitted); and beside them what they are made of,
-    twice (by module and stacked), one of them scaled, and in fp64 one module's matrix, its factor
-    and its inverse."""
+    where steps follow it; and beside them what they are made of, twice (by module and stacked),
+    one of them scaled, and in fp64 one module's matrix, its factor and its inverse."""
     square = sum(n * n for n in i)
     measured = 1 + phrasing
     outputs = sum(n * n for n in curved)
