@@ -236,7 +236,7 @@ def test_subjects_of_the_records_may_be_left_out(tmp_path):
     rows = [
         {
             "prompt": f"{who} was born in",
-            "target_new": "Rome",
+            "target": "Rome",
             "subject": who,
             "ground_truth": "Bonn",
         }
