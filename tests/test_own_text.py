@@ -49,8 +49,7 @@ def test_it_is_plain_sampling_whatever_the_model_says(backbone):
 
 @pytest.mark.parametrize("large", [False, True])
 def test_a_large_models_are_kept_on_disk(backbone, monkeypatch, tmp_path, large):
-    for module in (own_text, kept):
-        monkeypatch.setattr(module, "WORTH", 0 if large else 10**9)
+    monkeypatch.setattr(kept, "WORTH", 0 if large else 10**9)
     first = own_text.own_text(backbone, 6)
     found = moments.moments_of(backbone, PAIRS, "all")
     own_text._RECENT.clear()

@@ -17,12 +17,12 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hiedit.backbone.model import Backbone
+from hiedit.knowledge.kept import worth_keeping
 from hiedit.models.cache import cache_dir
 from hiedit.models.identity import fingerprint
 
 Pair = tuple[str, str]  # beginning and ending
 Tell = Callable[[int, int], None]  # texts done, of how many
-WORTH = 20_000_000  # parameters; a smaller model writes faster than it is looked up
 _RECENT: dict[str, tuple[Pair, ...]] = {}
 TOP = 50  # tokens that each is drawn from
 TOKENS = 48  # of one text
@@ -49,7 +49,7 @@ def own_text(
 
 def _kept(backbone: Backbone, name: str, count: int, seed: int, tell: Tell) -> tuple[Pair, ...]:
     """What the cache holds under ``name``, or what is written now, and kept there."""
-    if sum(p.numel() for p in backbone.model.parameters()) < WORTH:
+    if not worth_keeping(backbone):  # a small one writes faster than it is looked up
         return _written(backbone, count, seed, tell)
     path = cache_dir() / "text" / name
     try:

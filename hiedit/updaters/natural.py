@@ -4,7 +4,7 @@ To first order a shift that changes the output of module ``l`` at the edit's key
 ``-sum_l g_l . R_l`` nats. At another key ``k'`` it changes the output by ``(k'^T P k / k^T P k)
 R_l``, which costs ``1/2 R_l^T F_l R_l / k^T C^-1 k`` nats on average, where ``C`` is the second
 moment of keys and ``F_l`` the Fisher information of the outputs: K-FAC (Martens and Grosse 2015,
-arXiv 1503.05671, eq. 22), which takes the two for independent. The most gain for a given cost is
+arXiv 1503.05671, section 3), which takes the two for independent. The most gain for a given cost is
 
     R_l  proportional to  -(k^T C^-1 k) F_l^-1 g_l
 
