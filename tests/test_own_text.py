@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 from models import tiny_model, tiny_tokenizer
+from safetensors.torch import save_file
 
 from hiedit.backbone.model import Backbone
 from hiedit.knowledge import kept, moments, own_text
@@ -68,13 +69,17 @@ def test_a_large_models_are_kept_on_disk(backbone, monkeypatch, tmp_path, large)
         assert torch.equal(found[name].typical, again[name].typical)
 
 
+@pytest.mark.parametrize("damage", ["no file of tensors", "a tensor missing"])
 def test_a_damaged_file_is_measured_again_and_other_weights_are_another_model(
-    backbone, monkeypatch, tmp_path
+    backbone, monkeypatch, tmp_path, damage
 ):
     monkeypatch.setattr(kept, "WORTH", 0)
     found = moments.moments_of(backbone, PAIRS, "all")
     for path in (tmp_path / "cache").rglob("*.safetensors"):
-        path.write_bytes(b"no tensors")
+        if damage == "a tensor missing":
+            save_file({"moment": torch.zeros(2, 2)}, path)
+        else:
+            path.write_bytes(b"no tensors")
     again = moments.moments_of(backbone, PAIRS, "all")
     name = backbone.names[0]
     assert torch.equal(found[name].moment, again[name].moment)

@@ -1,8 +1,8 @@
 """Tensors measured once for a model, kept in the cache by module.
 
 CACHE/KIND/KEY/MODULE.safetensors, KEY from the model's weights and from what was measured. Only
-saves time: a file that is missing or damaged is measured again, and a disk that cannot be written
-to is no failure.
+saves time: a file that is missing, damaged or without what it should hold is measured again, and a
+disk that cannot be written to is no failure.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,16 +33,21 @@ def worth_keeping(backbone: Backbone) -> bool:
 
 
 def kept(
-    backbone: Backbone, kind: str, about: Any, measure: Callable[[], Mapping[str, Parts]]
+    backbone: Backbone,
+    kind: str,
+    about: Any,
+    measure: Callable[[], Mapping[str, Parts]],
+    needs: Collection[str],
 ) -> dict[str, Parts]:
     """By module, what ``measure`` gives, from the cache where all modules are there.
 
-    about: JSON, what besides the model decides the measurement.
+    about: JSON, what besides the model decides the measurement. needs: the tensors that every
+    module's file has to hold.
     """
     if not worth_keeping(backbone):
         return dict(measure())
     place = cache_dir() / kind / _key(backbone, about)
-    found = {name: _read(place / f"{name}.safetensors") for name in backbone.names}
+    found = {name: _read(place / f"{name}.safetensors", needs) for name in backbone.names}
     if any(parts is None for parts in found.values()):
         found = dict(measure())
         for name, parts in found.items():
@@ -56,11 +61,12 @@ def _key(backbone: Backbone, about: Any) -> str:
     return hashlib.sha256((fingerprint(backbone.model) + said).encode()).hexdigest()[:24]
 
 
-def _read(path: Path) -> Parts | None:
+def _read(path: Path, needs: Collection[str]) -> Parts | None:
     try:
-        return load_file(path)
+        found = load_file(path)
     except (OSError, SafetensorError):
         return None
+    return found if found.keys() >= set(needs) else None
 
 
 def _write(path: Path, parts: Parts) -> None:

@@ -18,6 +18,7 @@ from hiedit.types import TokenBatch
 
 Pair = tuple[str, str]
 FORMAT = 3  # of the files
+MOMENTS = ("moment", "power", "ratio")  # what each module always has
 BATCH = 64  # sentences in one forward pass
 CURVED, CURVED_BATCH = 768, 16  # sentences that the curvature is measured on, and at once
 Tell = Callable[[int, int], None]  # sentences done, of how many
@@ -40,7 +41,8 @@ def moments_of(
         return {name: _parts(moments) for name, moments in found.items()}
 
     about = ["moments", FORMAT, sorted(map(list, pairs)), tokens, subjects]
-    return {n: _moments(parts) for n, parts in kept(backbone, "moments", about, measure).items()}
+    found = kept(backbone, "moments", about, measure, MOMENTS)
+    return {name: _moments(parts) for name, parts in found.items()}
 
 
 def curvature_of(
@@ -56,7 +58,7 @@ def curvature_of(
         return {n: {"fisher": f} for n, f in output_curvature(backbone, batches).items()}
 
     about = ["curvature", FORMAT, sorted(map(list, some))]
-    found = kept(backbone, "moments", about, measure)
+    found = kept(backbone, "moments", about, measure, ["fisher"])
     return {name: parts["fisher"] for name, parts in found.items()}
 
 
