@@ -91,7 +91,7 @@ def build_method(
         pairs = preserved_pairs(config, train, preserve)
     if protects:
         facts = phrasings_of(train, config) if config.updater.phrasing else ()
-        fit_protection(backbone, updater, [*pairs, *own_pairs(backbone, config)], facts)
+        fit_protection(backbone, updater, pairs, facts, own_pairs(backbone, config))
     if updater.wants_power:
         fit_power(backbone, updater, preserve or NEUTRAL)
     if config.passes.preserved:

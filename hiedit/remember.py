@@ -36,6 +36,9 @@ LATER = {
         "freedom",
         "average_gradients",
         "average_keys",
+        "average_passes",
+        "trust_region",
+        "own_weight",
     )
 }
 

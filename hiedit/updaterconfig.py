@@ -23,7 +23,10 @@ class UpdaterConfig:
     ``eta`` of a typical output in the root mean square over modules: see updaters/natural.py for
     that and for ``damping`` and ``freedom``.
     average_gradients, average_keys: how far (0 to 1) what the sequences of an edit say at the last
-    token of the subject is moved to its mean over them, see updaters/averaging.py.
+    token of the subject is moved to its mean over them, see updaters/averaging.py; half as far
+    after the first ``average_passes`` passes of an edit (null: never).
+    trust_region: most that one pass may be expected to cost elsewhere, in nats per token (step
+    ``natural``; null: no bound): a pass that would cost more is made that much shorter.
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own
@@ -33,7 +36,8 @@ class UpdaterConfig:
     eps, absorb: of the protection (see updaters/protection.py), fitted on ``preserve`` sentences,
     at the positions that predict their answers or at all up to there (``preserve_tokens``), and on
     ``own_text`` texts that the model writes by itself; ``preserve_subjects``: how much more the
-    last tokens of the subjects in them weigh than all tokens together.
+    last tokens of the subjects in them weigh than all tokens together, and ``own_weight`` the same
+    of the own texts.
     absorb_in: the modules that protect the keys of an edit once it is committed: those that it
     ``touched``, or ``all``, because later edits that shift others disturb it there.
     lr: of the hypernetwork (Adam); lr_step: of the log step sizes and log ridges.
@@ -70,6 +74,9 @@ class UpdaterConfig:
     freedom: float = 1.0
     average_gradients: float = 0.0
     average_keys: float = 0.0
+    average_passes: int | None = None
+    trust_region: float | None = None
+    own_weight: float = 0.0
 
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
@@ -95,9 +102,14 @@ class UpdaterConfig:
             "phrasing",
             "own_text",
             "preserve_subjects",
+            "own_weight",
             "freedom",
         ):
             at_least(f"method.updater.{key}", getattr(self, key), 0)
+        if self.average_passes is not None:
+            at_least("method.updater.average_passes", self.average_passes, 0)
+        if self.trust_region is not None:
+            at_least("method.updater.trust_region", self.trust_region, 0, strict=True)
         for key in ("average_gradients", "average_keys"):
             if not 0 <= getattr(self, key) <= 1:
                 raise ValueError(
@@ -108,6 +120,16 @@ class UpdaterConfig:
                 f"method.updater.step='natural': the solver {self.solver!r} knows no protected "
                 "keys to weigh it against; set method.updater.solver=protected, or step to "
                 "relative"
+            )
+        if self.trust_region is not None and self.step != "natural":
+            raise ValueError(
+                f"method.updater.trust_region={self.trust_region!r}: what a pass costs is expected "
+                "of natural gradients alone; set method.updater.step=natural, or trust_region=null"
+            )
+        if self.own_weight and not self.own_text:
+            raise ValueError(
+                f"method.updater.own_weight={self.own_weight!r}: there is no text of the model's "
+                "own to weigh; set method.updater.own_text=512, or own_weight=0"
             )
         if self.phrasing and self.solver != "protected":
             raise ValueError(

@@ -10,10 +10,11 @@ from torch.testing import assert_close
 
 from hiedit.backbone.curvature import output_curvature
 from hiedit.backbone.model import Backbone
+from hiedit.backbone.moments import KeyMoments
 from hiedit.backbone.signals import Probe
 from hiedit.config import UpdaterConfig
 from hiedit.data.tokens import encode
-from hiedit.updaters.averaging import averaged
+from hiedit.updaters.averaging import averaged, share_at
 from hiedit.updaters.natural import joint_length
 from hiedit.updaters.updater import Updater
 
@@ -184,3 +185,72 @@ def test_the_curvature_counts_no_padding_and_is_the_same_for_a_seed():
     assert all(torch.equal(one[n], two[n]) for n in backbone.names)
     with pytest.raises(ValueError, match="no texts"):
         output_curvature(backbone, [])
+
+
+@pytest.mark.parametrize("freedom", [1.0, 2.0])
+def test_the_trust_region_bounds_what_a_pass_costs(freedom):
+    signals = make_signals(edit=(0,))
+
+    def cost(updater):
+        total = 0.0
+        for j, (name, change) in enumerate(at_the_key(updater, signals).items()):
+            key, i = signals.keys[name][0], SHAPES[name][0]
+            free = key @ torch.linalg.solve(spd(i, 7 + i), key)
+            total += float(change[0] @ spd(SHAPES[name][1], 50 + j) @ change[0] / free) / 2
+        return total
+
+    whole = cost(natural(freedom=freedom))
+    assert cost(natural(freedom=freedom, trust_region=whole / 9)) == pytest.approx(whole / 9)
+    assert cost(natural(freedom=freedom, trust_region=2 * whole)) == pytest.approx(whole)
+
+
+def test_the_trust_region_is_each_edits_own():
+    """Of two edits in a batch that do not see each other, the dear one alone is made shorter."""
+    signals = make_signals(edit=(0, 1))
+    ones = torch.ones(2, len(NAMES))
+    free, bound = natural()(signals, ones), natural(trust_region=1e-3)(signals, ones)
+    alone = [natural(trust_region=1e-3)(one_edit(signals, e), ones[:1]) for e in (0, 1)]
+    for name in NAMES:
+        for edit in (0, 1):
+            key = signals.keys[name][edit : edit + 1]
+            assert_close(
+                key @ dense(bound, name).T, key @ dense(alone[edit], name).T, rtol=1e-4, atol=1e-9
+            )
+            assert (key @ dense(bound, name).T).norm() < (key @ dense(free, name).T).norm()
+
+
+def test_later_passes_average_half_as_far():
+    assert share_at(0.8, 100, None) == 0.8
+    assert [share_at(0.8, used, 2) for used in (0, 1, 2, 9)] == [0.8, 0.8, 0.4, 0.4]
+    signals = dataclasses.replace(make_signals(edit=(0, 0)), subject=torch.tensor([True, True]))
+    ones = torch.ones(1, len(NAMES))
+    updater = natural(average_keys=1.0, average_gradients=1.0, average_passes=1)
+    half = natural(average_keys=0.5, average_gradients=0.5)
+    for name in NAMES:
+        assert_close(dense(updater(signals, ones, used=1), name), dense(half(signals, ones), name))
+        first = dense(updater(signals, ones), name)
+        assert not torch.allclose(first, dense(half(signals, ones), name))
+
+
+def test_own_text_weighs_beside_the_sentences():
+    config = UpdaterConfig(own_text=8, own_weight=3.0)
+    updater = Updater(["a"], {(4, 3): ["a"]}, config)
+    sentences, own = spd(4, 1).float(), spd(4, 2).float()
+    updater.fit_protection({"a": KeyMoments(sentences, torch.tensor(1.0), own=own)})
+    alike = Updater(["a"], {(4, 3): ["a"]}, UpdaterConfig())
+    alike.fit_protection({"a": KeyMoments(sentences + 3 * own, torch.tensor(1.0))})
+    assert_close(updater.groups[0].protection.precision, alike.groups[0].protection.precision)
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ({"trust_region": 1e-3}, "step=natural"),
+        ({"trust_region": 0.0, "step": "natural"}, "trust_region=0.0"),
+        ({"own_weight": 2.0}, "own_text=512"),
+        ({"average_passes": -1}, "average_passes=-1"),
+    ],
+)
+def test_what_makes_no_sense_is_named(setting, said):
+    with pytest.raises(ValueError, match=said):
+        UpdaterConfig(**setting)

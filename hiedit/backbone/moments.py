@@ -24,7 +24,8 @@ class KeyMoments(NamedTuple):
     ``|y|^2`` over the same. sinks: [s, I], an orthonormal basis of the sinks' keys, None where
     there are none. ratio: norm of the largest key over the median norm. typical: [], median of
     ``|y|^2``, which a few large outputs do not move. subjects: [I, I], mean of ``k k^T`` at the
-    last tokens of subjects, None where the batches do not say where these are.
+    last tokens of subjects, None where the batches do not say where these are. own: [I, I], the
+    moment on the model's own text alone, None where it has no weight of its own.
     """
 
     moment: Tensor
@@ -33,6 +34,7 @@ class KeyMoments(NamedTuple):
     ratio: float = 1.0
     typical: Tensor | None = None
     subjects: Tensor | None = None
+    own: Tensor | None = None
 
 
 @torch.no_grad()

@@ -24,9 +24,11 @@ def fit_protection(
     updater: Updater,
     pairs: Sequence[tuple[str, str]],
     facts: Sequence[Sequence[tuple[str, str]]] = (),
+    own: Sequence[tuple[str, str]] = (),
 ) -> None:
-    """Fit the updater's protection on sentences made of ``pairs`` (prompt, answer); ``facts``: the
-    phrasings of one fact each, where the updater's ``phrasing`` wants them."""
+    """Fit the updater's protection on sentences made of ``pairs`` (prompt, answer) and on the
+    model's ``own`` text; ``facts``: the phrasings of one fact each, where the updater's
+    ``phrasing`` wants them."""
 
     def tokens(some: Sequence[tuple[str, str]]) -> TokenBatch:
         return encode(backbone.tokenizer, list(some), padding_side="left").to(backbone.device)
@@ -39,12 +41,17 @@ def fit_protection(
             )
 
         config = updater.config
+        every = [*pairs, *own]
         moments = moments_of(
-            backbone, pairs, config.preserve_tokens, tell("measuring keys"),
+            backbone, every, config.preserve_tokens, tell("measuring keys"),
             subjects=config.preserve_subjects > 0,
         )  # fmt: skip
+        if config.own_weight and own:
+            told = tell("measuring keys of own text")
+            written = moments_of(backbone, own, config.preserve_tokens, told, subjects=False)
+            moments = {n: found._replace(own=written[n].moment) for n, found in moments.items()}
         if config.step == "natural":
-            updater.fit_curvature(curvature_of(backbone, pairs, tell("measuring curvature")))
+            updater.fit_curvature(curvature_of(backbone, every, tell("measuring curvature")))
     scatter = None
     if facts:
         scatter = phrasing_scatter(backbone, (tokens(fact) for fact in facts))

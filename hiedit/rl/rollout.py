@@ -140,7 +140,7 @@ class Rollout:
             every = probe.signals()
             signals = every.first(edits)
             choice = self._choose(signals, choice, on_pass is not None)
-            shifts, mask = self._pass(every, signals, choice[1], active, owner, on_pass)
+            shifts, mask = self._pass(every, signals, choice[1], active, owner, on_pass, used)
             if not shifts:  # nothing that could be done
                 break
             masks.append(mask)
@@ -180,11 +180,19 @@ class Rollout:
         return first, self.selector.again(first, action)
 
     def _pass(
-        self, every: Signals, signals: Signals, action: Action, active: Tensor, owner, on_pass
+        self,
+        every: Signals,
+        signals: Signals,
+        action: Action,
+        active: Tensor,
+        owner,
+        on_pass,
+        used: int,
     ) -> tuple[Shifts, Tensor]:
         """(shifts, [E, L] the modules that each edit's got one). every: signals of the E edits and
         the P preserved prompts, which take the modules of their ``owner``; signals: the edits'.
-        active: bool [E + P], what does not hold yet."""
+        active: bool [E + P], what does not hold yet.
+        used: passes so far."""
         if self.observe:
             self.updater.observe(signals)
         if on_pass is not None:
@@ -194,7 +202,7 @@ class Rollout:
             rows = torch.tensor([*range(len(action.mask)), *owner], device=active.device)
             mask = action.mask.detach()[rows] * active[:, None].to(action.mask.dtype)  # [E + P, L]
             with torch.no_grad():
-                shifts = self.updater(every, mask)
+                shifts = self.updater(every, mask, used=used)
             index = rows[:, None].expand_as(mask)
             mask = torch.zeros_like(action.mask).scatter_reduce(0, index, mask, "amax")
         return shifts, mask * mask.new_tensor([n in shifts for n in self.updater.names])

@@ -9,6 +9,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+LATER = 0.5  # of the share that is averaged once the passes that average in full are done
+
+
+def share_at(share: float, used: int, full: int | None) -> float:
+    """The share after ``used`` passes of an edit, of which the first ``full`` have all of it (None:
+    every one): what contexts share is written first, then what each of them lacks."""
+    return share if full is None or used < full else LATER * share
+
 
 def averaged(rows: Tensor, edit: Tensor, subject: Tensor | None, share: float = 1.0) -> Tensor:
     """``rows`` [M, T, D], moved by ``share`` of the way to their mean over the subject's tokens of

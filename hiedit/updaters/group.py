@@ -101,14 +101,16 @@ class ShapeGroup(nn.Module):
         longest = _longest(grads, edit)
         return grads * (self.protection.power.sqrt()[:, None] / longest)[:, :, None]
 
-    def joint(self, keys: Tensor, grads: Tensor, edit: Tensor) -> tuple[Tensor, Tensor]:
-        """(W [M, T, O], lengths [M, E]): natural gradients at pseudo-keys [M, T, I], and each
-        edit's longest against a typical output."""
+    def joint(self, keys: Tensor, grads: Tensor, edit: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(W [M, T, O], lengths [M, E], costs [M, E]): natural gradients at pseudo-keys [M, T, I],
+        each edit's longest against a typical output, and what its dearest is expected to cost at
+        another token, in nats, if the output changes by as much."""
         protection = self.protection
         free = ((keys @ protection.precision) * keys).sum(-1) / protection.unit[:, None]
         free = averaged(free[:, :, None], edit, torch.ones_like(edit, dtype=torch.bool))[:, :, 0]
         rows = self.natural(grads, free)
-        return rows, _by_edit(rows, edit) / protection.power.sqrt()[:, None]
+        lengths = _by_edit(rows, edit) / protection.power.sqrt()[:, None]
+        return rows, lengths, _largest(self.natural.cost(grads, rows, free), edit)
 
     def _relative(self, rows: Tensor, change: Tensor, edit: Tensor, eta: Tensor) -> Tensor:
         """``rows`` [M, T, O], scaled for each edit so that the longest of its changes of the
@@ -124,6 +126,10 @@ def _longest(rows: Tensor, edit: Tensor) -> Tensor:
 
 def _by_edit(rows: Tensor, edit: Tensor) -> Tensor:
     """[M, E]: the largest norm of any row [M, T, O] of each edit."""
-    length = rows.norm(dim=-1)
-    longest = length.new_zeros(len(length), int(edit.max()) + 1)
-    return longest.scatter_reduce(1, edit.expand_as(length), length, "amax")
+    return _largest(rows.norm(dim=-1), edit)
+
+
+def _largest(values: Tensor, edit: Tensor) -> Tensor:
+    """[M, E]: the largest of each edit's ``values`` [M, T], which are not negative."""
+    most = values.new_zeros(len(values), int(edit.max()) + 1)
+    return most.scatter_reduce(1, edit.expand_as(values), values, "amax")

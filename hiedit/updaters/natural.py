@@ -48,6 +48,19 @@ class NaturalGradient(nn.Module):
         ``k^T C^-1 k``."""
         return free.clamp(min=0).pow(self.freedom)[:, :, None] * (grads @ self.inverse)
 
+    def cost(self, grads: Tensor, rows: Tensor, free: Tensor) -> Tensor:
+        """[M, T], ``1/2 R^T F R / k^T C^-1 k`` in nats, of ``rows`` as ``forward`` gives them
+        [M, T, O] for ``grads`` [M, T, O] and ``free`` [M, T]. ``F`` with its damping."""
+        power = free.clamp(min=1e-12).pow(self.freedom - 1)
+        return 0.5 * power * (grads * rows).sum(-1).clamp(min=0)
+
+
+def within(costs: Tensor, live: Tensor, most: float) -> Tensor:
+    """[E]: what an edit's rows have to be divided by to cost ``most`` nats over the modules that it
+    touches; all where it touches none. costs: [L, E], in nats. live: bool [L, E]."""
+    live = live | ~live.any(0)
+    return (torch.where(live, costs, 0.0).sum(0) / most).sqrt()
+
 
 def joint_length(lengths: Tensor, live: Tensor) -> Tensor:
     """[E]: root mean square of ``lengths`` [L, E] over the modules that an edit touches.

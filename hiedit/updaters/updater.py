@@ -15,9 +15,9 @@ from hiedit.backbone.moments import KeyMoments
 from hiedit.backbone.normalise import stack_group
 from hiedit.types import Shift, Shifts, Signals
 from hiedit.updaterconfig import UpdaterConfig
-from hiedit.updaters.averaging import averaged
+from hiedit.updaters.averaging import averaged, share_at
 from hiedit.updaters.group import ShapeGroup
-from hiedit.updaters.natural import joint_length
+from hiedit.updaters.natural import joint_length, within
 
 
 @dataclass
@@ -69,11 +69,12 @@ class Updater(nn.Module):
             group.key_norm.observe(keys)
             group.grad_norm.observe(grads)
 
-    def forward(self, signals: Signals, mask: Tensor, every: bool = False) -> Shifts:
+    def forward(self, signals: Signals, mask: Tensor, every: bool = False, used: int = 0) -> Shifts:
         """The shifts under ``mask`` [E, L]; its gradient flows through the shifts' scale.
 
         Modules that no edit touches are left out, unless ``every`` (a policy in training needs to
-        see what the modules it left out would have done). Raises nothing on non-finite signals:
+        see what the modules it left out would have done). used: passes that the edits have had.
+        Raises nothing on non-finite signals:
         the shift of such a module is left out, so NaN never reaches a weight.
         """
         if self.config.kind == "none":
@@ -82,7 +83,7 @@ class Updater(nn.Module):
         parts = [
             part
             for group, columns in zip(self.groups, self._columns, strict=True)
-            if (part := self._part(group, columns, signals, mask, every)) is not None
+            if (part := self._part(group, columns, signals, mask, every, used)) is not None
         ]
         joint = self._together(parts, signals.edit) if self.config.step == "natural" else None
         for part in parts:
@@ -96,7 +97,13 @@ class Updater(nn.Module):
         return {n: shifts[n] for n in self.names if n in shifts}
 
     def _part(
-        self, group: ShapeGroup, columns: Tensor, signals: Signals, mask: Tensor, every: bool
+        self,
+        group: ShapeGroup,
+        columns: Tensor,
+        signals: Signals,
+        mask: Tensor,
+        every: bool,
+        used: int,
     ) -> _Part | None:
         """What ``group`` is solved from; None where it gets no shift."""
         scale = mask[:, columns.to(mask.device)].T[:, signals.edit]  # [M, T]
@@ -110,26 +117,38 @@ class Updater(nn.Module):
         if not bool(sound.all()):
             # Zeros in place of NaN: the modules share parameters, whose gradients must stay sound.
             keys, grads = (torch.where(sound[:, None, None], x, 0.0) for x in (keys, grads))
-        keys = averaged(keys, signals.edit, signals.subject, self.config.average_keys)
-        grads = averaged(grads, signals.edit, signals.subject, self.config.average_gradients)
+        config = self.config
+        of_keys, of_grads = (
+            share_at(share, used, config.average_passes)
+            for share in (config.average_keys, config.average_gradients)
+        )
+        keys = averaged(keys, signals.edit, signals.subject, of_keys)
+        grads = averaged(grads, signals.edit, signals.subject, of_grads)
         # A module that no edit touches is solved as if all did; the others as in editing.
         system = live | ~live.any(-1, keepdim=True)
         return _Part(group, index, scale, keys, grads, group.pseudo(keys, grads), sound, system)
 
     def _together(self, parts: list[_Part], edit: Tensor) -> Tensor | None:
-        """[E]: the length of the parts' natural gradients, which take the pseudo-gradients' place:
-        that over the modules that an edit touches; over all where it touches none."""
+        """[E]: what the parts' natural gradients are divided by, once they have taken the
+        pseudo-gradients' place: their length over the modules that an edit touches (over all where
+        it touches none), or more where the trust region ends earlier."""
         if not parts:
             return None
-        lengths, live = [], []
+        lengths, costs, live = [], [], []
         for part in parts:
             keys, grads = part.pseudo
-            rows, length = part.group.joint(keys, grads, edit)
+            rows, length, cost = part.group.joint(keys, grads, edit)
             part.pseudo = keys, rows
             lengths.append(length.detach())
+            costs.append(cost.detach())
             on = (part.scale.detach() != 0).to(length.dtype)
             live.append(length.new_zeros(length.shape).index_add(1, edit, on) > 0)
-        return joint_length(torch.cat(lengths), torch.cat(live))
+        touched = torch.cat(live)
+        length = joint_length(torch.cat(lengths), touched)
+        if self.config.trust_region is None:
+            return length
+        longest = within(torch.cat(costs), touched, self.config.trust_region)
+        return torch.maximum(length, self.config.eta * longest)
 
     def absorb(self, signals: Signals, mask: Tensor) -> None:
         """Protect the keys of an edit that was committed under ``mask`` [E, L]."""
@@ -199,9 +218,12 @@ class Updater(nn.Module):
 
     def _protected(self, moments: KeyMoments) -> Tensor:
         """[I, I]: what of a module's keys is kept away from."""
-        if not self.config.preserve_subjects or moments.subjects is None:
-            return moments.moment
-        return moments.moment + self.config.preserve_subjects * moments.subjects
+        found = moments.moment
+        if self.config.preserve_subjects and moments.subjects is not None:
+            found = found + self.config.preserve_subjects * moments.subjects
+        if self.config.own_weight and moments.own is not None:
+            found = found + self.config.own_weight * moments.own
+        return found
 
     def fit_curvature(self, curvature: Mapping[str, Tensor]) -> None:
         """curvature: by module, the Fisher information of its outputs [O, O]."""
