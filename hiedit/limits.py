@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from hiedit.checks import at_least
 
-MAX_KL = 0.005  # nats per watched token that one edit may move the model; docs/safety.md
+MAX_KL = 0.001  # nats per watched token that one edit may move the model; docs/safety.md
 MAX_DRIFT = 0.5  # nats per watched token that all edits together may
 # The embedded world knows its facts alone: everyday prompts are strange to it, and move with any
 # edit.

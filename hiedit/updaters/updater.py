@@ -140,15 +140,14 @@ class Updater(nn.Module):
             rows, length, cost = part.group.joint(keys, grads, edit)
             part.pseudo = keys, rows
             lengths.append(length.detach())
-            costs.append(cost.detach())
+            costs.append(cost.detach() * part.group.log_eta.detach().exp().square()[:, None])
             on = (part.scale.detach() != 0).to(length.dtype)
             live.append(length.new_zeros(length.shape).index_add(1, edit, on) > 0)
         touched = torch.cat(live)
         length = joint_length(torch.cat(lengths), touched)
         if self.config.trust_region is None:
             return length
-        longest = within(torch.cat(costs), touched, self.config.trust_region)
-        return torch.maximum(length, self.config.eta * longest)
+        return torch.maximum(length, within(torch.cat(costs), touched, self.config.trust_region))
 
     def absorb(self, signals: Signals, mask: Tensor) -> None:
         """Protect the keys of an edit that was committed under ``mask`` [E, L]."""
