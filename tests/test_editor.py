@@ -128,7 +128,7 @@ def test_identical_requests_are_skipped_and_conflicts_named(tmp_path):
     ("guard", "reason"),
     [
         (Guard(max_kl=0.0), "max_kl"),
-        (Guard(min_success=1.0), "min_success"),
+        (Guard(max_kl=1.0, min_success=1.0), "min_success"),
     ],
     ids=["max_kl", "min_success"],
 )
