@@ -205,7 +205,7 @@ def test_the_trust_region_bounds_what_a_pass_costs(freedom):
 
 
 def test_the_trust_region_is_each_edits_own():
-    """Of two edits in a batch that do not see each other, the dear one alone is made shorter."""
+    """Each of two edits in a batch is made as much shorter as it would be alone."""
     signals = make_signals(edit=(0, 1))
     ones = torch.ones(2, len(NAMES))
     free, bound = natural()(signals, ones), natural(trust_region=1e-3)(signals, ones)

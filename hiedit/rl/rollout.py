@@ -191,8 +191,7 @@ class Rollout:
     ) -> tuple[Shifts, Tensor]:
         """(shifts, [E, L] the modules that each edit's got one). every: signals of the E edits and
         the P preserved prompts, which take the modules of their ``owner``; signals: the edits'.
-        active: bool [E + P], what does not hold yet.
-        used: passes so far."""
+        active: bool [E + P], what does not hold yet. used: passes so far."""
         if self.observe:
             self.updater.observe(signals)
         if on_pass is not None:

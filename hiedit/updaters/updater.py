@@ -73,9 +73,9 @@ class Updater(nn.Module):
         """The shifts under ``mask`` [E, L]; its gradient flows through the shifts' scale.
 
         Modules that no edit touches are left out, unless ``every`` (a policy in training needs to
-        see what the modules it left out would have done). used: passes that the edits have had.
-        Raises nothing on non-finite signals:
-        the shift of such a module is left out, so NaN never reaches a weight.
+        see what the modules it left out would have done). used: passes that the edits have had,
+        undone ones included. Raises nothing on non-finite signals: the shift of such a module is
+        left out, so NaN never reaches a weight.
         """
         if self.config.kind == "none":
             return {}
