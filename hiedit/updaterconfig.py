@@ -126,11 +126,6 @@ class UpdaterConfig:
                 f"method.updater.trust_region={self.trust_region!r}: what a pass costs is expected "
                 "of natural gradients alone; set method.updater.step=natural, or trust_region=null"
             )
-        if self.own_weight and not self.own_text:
-            raise ValueError(
-                f"method.updater.own_weight={self.own_weight!r}: there is no text of the model's "
-                "own to weigh; set method.updater.own_text=512, or own_weight=0"
-            )
         if self.phrasing and self.solver != "protected":
             raise ValueError(
                 f"method.updater.phrasing={self.phrasing!r}: it is part of the protection; set "

@@ -14,6 +14,7 @@ from hiedit.backbone.moments import KeyMoments
 from hiedit.backbone.signals import Probe
 from hiedit.config import UpdaterConfig
 from hiedit.data.tokens import encode
+from hiedit.methods import load_method
 from hiedit.updaters.averaging import averaged, share_at
 from hiedit.updaters.natural import joint_length
 from hiedit.updaters.updater import Updater
@@ -242,12 +243,28 @@ def test_own_text_weighs_beside_the_sentences():
     assert_close(updater.groups[0].protection.precision, alike.groups[0].protection.precision)
 
 
+def test_the_default_method_can_do_without_own_text():
+    """As users and the other tests switch it off; its weight then weighs nothing."""
+    shipped = load_method("closed-form").updater
+    assert shipped.own_weight > 0
+    without = dataclasses.replace(shipped, own_text=0)
+    moments = {"a": KeyMoments(spd(4, 1).float(), torch.tensor(1.0))}
+    found = [
+        Updater(["a"], {(4, 3): ["a"]}, config)
+        for config in (without, dataclasses.replace(without, own_weight=0.0))
+    ]
+    for updater in found:
+        updater.fit_protection(moments)
+    one, other = (updater.groups[0].protection.precision for updater in found)
+    assert torch.equal(one, other)
+
+
 @pytest.mark.parametrize(
     ("setting", "said"),
     [
         ({"trust_region": 1e-3}, "step=natural"),
         ({"trust_region": 0.0, "step": "natural"}, "trust_region=0.0"),
-        ({"own_weight": 2.0}, "own_text=512"),
+        ({"own_weight": -2.0}, "own_weight=-2.0"),
         ({"average_passes": -1}, "average_passes=-1"),
     ],
 )
