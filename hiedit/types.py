@@ -116,6 +116,7 @@ class Signals:
     state: [E, L, F], what the policy is told of every module beside these (rl/features.py).
     subject: bool [T], the tokens that are the last of their sequence's subject; None where nobody
         asked for these.
+    answer: [E], tokens of the answer (mean over the edit's sequences); None: one.
     """
 
     keys: Mapping[str, Tensor]
@@ -125,6 +126,7 @@ class Signals:
     confidence: Tensor
     state: Tensor | None = None
     subject: Tensor | None = None
+    answer: Tensor | None = None
 
     def first(self, edits: int) -> Signals:
         """Those of the first ``edits`` edits alone."""
@@ -139,6 +141,7 @@ class Signals:
             self.confidence[:edits],
             None if self.state is None else self.state[:edits],
             None if self.subject is None else self.subject[kept],
+            None if self.answer is None else self.answer[:edits],
         )
 
 

@@ -25,8 +25,9 @@ class UpdaterConfig:
     average_gradients, average_keys: how far (0 to 1) what the sequences of an edit say at the last
     token of the subject is moved to its mean over them, see updaters/averaging.py; half as far
     after the first ``average_passes`` passes of an edit (null: never).
-    trust_region: most that one pass may be expected to cost elsewhere, in nats per token (step
-    ``natural``; null: no bound): a pass that would cost more is made that much shorter.
+    trust_region: most that one pass may be expected to cost elsewhere, in nats per token, for each
+    token of the edit's answer, because a longer one has more to say (step ``natural``; null: no
+    bound): a pass that would cost more is made that much shorter.
     tokens: where keys and gradients are taken: ``answer``, the positions that predict the answer;
     ``all`` up to there; ``subject``, the last token of the subject (found in the prompt where the
     request names none; ``answer`` where none is found). contexts: random texts of the model's own

@@ -16,6 +16,7 @@ from hiedit.config import UpdaterConfig
 from hiedit.data.tokens import encode
 from hiedit.methods import load_method
 from hiedit.updaters.averaging import averaged, share_at
+from hiedit.updaters.group import through
 from hiedit.updaters.natural import joint_length
 from hiedit.updaters.updater import Updater
 
@@ -220,6 +221,30 @@ def test_the_trust_region_is_each_edits_own():
             assert (key @ dense(bound, name).T).norm() < (key @ dense(free, name).T).norm()
 
 
+def test_the_trust_region_grows_with_the_tokens_of_the_answer():
+    signals = make_signals(edit=(0,))
+    three = dataclasses.replace(signals, answer=torch.tensor([3.0]))
+    changes = at_the_key(natural(trust_region=1e-3), three)
+    wider = at_the_key(natural(trust_region=3e-3), signals)
+    narrow = at_the_key(natural(trust_region=1e-3), signals)
+    for name in NAMES:
+        assert_close(changes[name], wider[name])
+        assert changes[name].norm() > 1.5 * narrow[name].norm()
+
+
+def test_signals_say_how_long_the_answers_are():
+    backbone = Backbone(tiny_model("llama"), tiny_tokenizer())
+    pairs = [("a b", "c"), ("a b d", "c"), ("a", "d e f"), ("a b", "c")]
+    batch = encode(backbone.tokenizer, pairs, [0, 0, 1, 2], padding_side="left")
+    tokens = [len(backbone.tokenizer(a, add_special_tokens=False)["input_ids"]) for _, a in pairs]
+    assert tokens[2] > tokens[0]  # or this test would say nothing
+    signals = Probe(backbone, batch, 3, "answer").signals()
+    labelled = (batch.labels >= 0).sum(1).float()
+    assert_close(signals.answer, torch.stack([labelled[:2].mean(), labelled[2], labelled[3]]))
+    assert signals.answer[1] > signals.answer[0]
+    assert_close(signals.first(1).answer, signals.answer[:1])
+
+
 def test_later_passes_average_half_as_far():
     assert share_at(0.8, 100, None) == 0.8
     assert [share_at(0.8, used, 2) for used in (0, 1, 2, 9)] == [0.8, 0.8, 0.4, 0.4]
@@ -271,3 +296,10 @@ def test_the_default_method_can_do_without_own_text():
 def test_what_makes_no_sense_is_named(setting, said):
     with pytest.raises(ValueError, match=said):
         UpdaterConfig(**setting)
+
+
+def test_keys_that_are_all_the_same_go_through_the_protection_as_one():
+    precision, one = torch.randn(3, 8, 8), torch.randn(3, 1, 8)
+    same, mixed = one.repeat(1, 4, 1), torch.randn(3, 4, 8)
+    for keys in (same, mixed, one):
+        assert_close(through(precision, keys), keys @ precision)

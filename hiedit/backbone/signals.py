@@ -67,8 +67,10 @@ class Probe:
         batch = batch if past is None else past.rest
         with torch.enable_grad():
             nll = answer_nll(answers)
-            self._asked = (batch.labels != IGNORE).any(1)  # sequences with an answer
+            answer = (batch.labels != IGNORE).sum(1)
+            self._asked = answer > 0
             rows = torch.bincount(batch.edit[self._asked], minlength=edits).clamp(min=1)
+            self._answer = nll.new_zeros(edits).index_add(0, batch.edit, answer.to(nll)) / rows
             per_edit = nll.new_zeros(edits).index_add(0, batch.edit, nll) / rows
             self._total = per_edit.sum()
         self._inputs, self._batch, self._tokens = inputs, batch, tokens
@@ -99,6 +101,7 @@ class Probe:
             loss=self.loss,
             confidence=self.confidence,
             subject=self._named(where),
+            answer=self._answer,
         )
 
     def _named(self, where: Tensor) -> Tensor | None:

@@ -55,9 +55,10 @@ class NaturalGradient(nn.Module):
         return 0.5 * power * (grads * rows).sum(-1).clamp(min=0)
 
 
-def within(costs: Tensor, live: Tensor, most: float) -> Tensor:
+def within(costs: Tensor, live: Tensor, most: float | Tensor) -> Tensor:
     """[E]: what an edit's rows have to be divided by to cost ``most`` nats over the modules that it
-    touches; all where it touches none. costs: [L, E], in nats. live: bool [L, E]."""
+    touches; all where it touches none. costs: [L, E], in nats. live: bool [L, E]. most: one number,
+    or [E]."""
     live = live | ~live.any(0)
     return (torch.where(live, costs, 0.0).sum(0) / most).sqrt()
 

@@ -26,6 +26,7 @@ class _Part:
 
     index: the modules that get a shift. scale: [M, T], the mask by token. keys, grads, pseudo: of
     the edit. sound: bool [M], what is finite. system: bool [M, T], the tokens that are solved for.
+    directions: [M, T, I], ``P`` times the pseudo-keys, where they are known.
     """
 
     group: ShapeGroup
@@ -36,6 +37,7 @@ class _Part:
     pseudo: tuple[Tensor, Tensor]
     sound: Tensor
     system: Tensor
+    directions: Tensor | None = None
 
 
 class Updater(nn.Module):
@@ -85,11 +87,10 @@ class Updater(nn.Module):
             for group, columns in zip(self.groups, self._columns, strict=True)
             if (part := self._part(group, columns, signals, mask, every, used)) is not None
         ]
-        joint = self._together(parts, signals.edit) if self.config.step == "natural" else None
+        joint = self._together(parts, signals) if self.config.step == "natural" else None
         for part in parts:
-            a, r = part.group.solve(
-                part.keys, part.grads, part.system, signals.edit, part.pseudo, joint
-            )
+            given = part.keys, part.grads, part.system, signals.edit, part.pseudo
+            a, r = part.group.solve(*given, joint, part.directions)
             finite = (part.sound & _finite(a.detach(), r.detach())).tolist()
             for m in part.index:
                 if finite[m]:
@@ -128,16 +129,18 @@ class Updater(nn.Module):
         system = live | ~live.any(-1, keepdim=True)
         return _Part(group, index, scale, keys, grads, group.pseudo(keys, grads), sound, system)
 
-    def _together(self, parts: list[_Part], edit: Tensor) -> Tensor | None:
+    def _together(self, parts: list[_Part], signals: Signals) -> Tensor | None:
         """[E]: what the parts' natural gradients are divided by, once they have taken the
         pseudo-gradients' place: their length over the modules that an edit touches (over all where
-        it touches none), or more where the trust region ends earlier."""
+        it touches none), or more where the trust region, which is as many times as large as the
+        answer has tokens, ends earlier."""
         if not parts:
             return None
+        edit = signals.edit
         lengths, costs, live = [], [], []
         for part in parts:
             keys, grads = part.pseudo
-            rows, length, cost = part.group.joint(keys, grads, edit)
+            rows, length, cost, part.directions = part.group.joint(keys, grads, edit)
             part.pseudo = keys, rows
             lengths.append(length.detach())
             costs.append(cost.detach() * part.group.log_eta.detach().exp().square()[:, None])
@@ -147,7 +150,10 @@ class Updater(nn.Module):
         length = joint_length(torch.cat(lengths), touched)
         if self.config.trust_region is None:
             return length
-        return torch.maximum(length, within(torch.cat(costs), touched, self.config.trust_region))
+        most = self.config.trust_region
+        if signals.answer is not None:
+            most = most * signals.answer.clamp(min=1)
+        return torch.maximum(length, within(torch.cat(costs), touched, most))
 
     def absorb(self, signals: Signals, mask: Tensor) -> None:
         """Protect the keys of an edit that was committed under ``mask`` [E, L]."""
