@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from hiedit.compare.worlds import StandingProbe, halves
+from hiedit.data.stream import standing
 from hiedit.experiment import load_backbone
 from hiedit.runconfig import ModelConfig
 from hiedit.world import split_facts, world_facts
@@ -21,7 +22,7 @@ from hiedit.world.heterogeneous import (
     modules_of,
     read_heterogeneous,
 )
-from hiedit.world.lifelong import lifelong_stream, standing
+from hiedit.world.lifelong import lifelong_stream
 from hiedit.world.phrasings import FICTIONAL, PHRASINGS, prefix_conflicts
 
 pytestmark = pytest.mark.usefixtures("one_thread")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import pytest
@@ -11,7 +12,8 @@ from worlds import MODULES, quick
 from hiedit.config import EvaluateConfig
 from hiedit.data.schemas import get_schema
 from hiedit.evaluation.lifelong import StreamProbe, run_stream
-from hiedit.evaluation.report import example_lines
+from hiedit.evaluation.report import example_lines, legend
+from hiedit.evaluation.results import from_plain, plain
 from hiedit.experiment import load_backbone
 from hiedit.methods import build_method
 from hiedit.runconfig import ModelConfig
@@ -151,3 +153,30 @@ def test_a_run_measures_edits_at_once_and_reads_plain_text(backbone, tmp_path):
     calm = run_stream(method.rollout, probe, EvaluateConfig(points=1, batch=32), method="m")
     method.rollout.reset()
     assert calm.immediate is None and calm.perplexity_before > 1
+    assert calm.superseded == 0 and calm.standing is None and calm.row()["standing_ES"] is None
+
+
+def test_a_run_scores_the_edits_that_no_later_one_contradicts_by_themselves(backbone):
+    """Two answers to one fact, asked in two ways: the first is not held against the editor. The
+    second is the one that the model gives anyway."""
+    first, *_ = world_requests("test")
+    other = dataclasses.replace(
+        first, prompt=first.heldout[0], target=first.old_target, heldout=(first.prompt,)
+    )
+    method = build_method(backbone, quick("ultraedit"))
+    probe = StreamProbe(backbone, (first, other), 32)
+    try:
+        found = run_stream(method.rollout, probe, EvaluateConfig(points=1, batch=32), method="m")
+        alone = probe.measure(2)
+    finally:
+        method.rollout.reset()
+    assert found.superseded == 1 and alone.es.tolist() == [0, 1]
+    for name in ("ES", "GS", "LS", "ES_tf"):
+        values = getattr(alone, name.lower())
+        assert getattr(found.standing, name) == values[1] == found.row()[f"standing_{name}"]
+        assert getattr(found.scores, name) == values.mean()
+    assert found.standing != found.scores
+    assert from_plain(plain(found)) == found
+    told = "\n".join(legend([found]))
+    assert "gives 1 of them another answer" in told
+    assert f"m: ES {100 * alone.es[1]:.1f}" in told

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from hiedit.data import EditStream, StreamConfig, splits, train_and_edit
+from hiedit.data.stream import standing
 from hiedit.types import EditRequest
 
 
@@ -69,12 +70,31 @@ def test_bad_settings_name_the_key(key, value):
         StreamConfig(**{key: value})
 
 
-def test_conflicts_are_counted_and_kept():
-    answers = [("a", "1"), ("b", "1"), ("a", "2"), ("a", "2"), ("a", "1")]
-    rows = [EditRequest(prompt, target) for prompt, target in answers]
-    stream = EditStream(rows, StreamConfig(shuffle=False))
-    assert stream.edits == 5 and stream.conflicts == 2
-    assert EditStream(make(5)).conflicts == 0
+def test_an_edit_stands_until_its_fact_gets_another_answer():
+    def rows(*answers):
+        return [EditRequest(p, t, subject=s, relation=r, old_target=o) for p, t, s, r, o in answers]
+
+    bare = [("a", "1"), ("b", "1"), ("a", "2"), ("a", "2"), ("a", "1")]
+    assert standing(rows(*((*pair, None, None, None) for pair in bare))) == [1, 1, 0, 0, 1]
+    assert all(standing(make(5)))
+
+    # another phrasing of the same fact: the subject, and what was true of it
+    phrased = rows(
+        ("Who bore Jane?", "Ann", "Jane", None, "Eve"),
+        ("Jane's mother?", "Sue", "jane", None, "eve"),
+        ("Jane's mother is", "Sue", "Jane", None, "Eve"),
+        ("Jane's town?", "Rome", "Jane", None, "Oslo"),
+        ("Eve's mother?", "Ann", "Ada", None, "Eve"),
+    )
+    assert standing(phrased) == [0, 1, 1, 1, 1] and all(standing(phrased[3:]))
+
+    # a relation tells facts apart that had the same answer
+    told = rows(
+        ("Jane was born in", "Rome", "Jane", "P19", "Oslo"),
+        ("Jane lives in", "Bonn", "Jane", "P551", "Oslo"),
+        ("The birthplace of Jane is", "Kyiv", "Jane", "P19", "Oslo"),
+    )
+    assert standing(told) == [0, 1, 1]
 
 
 def test_resuming_goes_on_where_the_state_was_taken():

@@ -14,6 +14,7 @@ from hiedit.backbone.model import Backbone
 from hiedit.compare.cells import Setup
 from hiedit.compare.config import HeterogeneousConfig
 from hiedit.config import from_mapping
+from hiedit.data.stream import standing
 from hiedit.evaluation.lifelong import Measured, StreamProbe
 from hiedit.experiment import load_backbone
 from hiedit.provenance import digest
@@ -26,7 +27,7 @@ from hiedit.world.heterogeneous import (
     installed_stream,
     read_heterogeneous,
 )
-from hiedit.world.lifelong import lifelong_stream, standing
+from hiedit.world.lifelong import lifelong_stream
 from hiedit.world.preserve import preservation_pairs
 from hiedit.world.requests import split_facts, world_requests
 

@@ -50,6 +50,23 @@ def _shuffled(count: int, seed: int) -> list[int]:
     return sorted(range(count), key=keys.__getitem__)
 
 
+def _facts(request: EditRequest) -> Iterator[tuple[str, ...]]:
+    """What ``request`` may share with another one of the same fact: its prompt; its subject with
+    the relation, or where none is named with the answer that was true of it before."""
+    yield "prompt", request.prompt
+    subject = (request.subject or "").casefold()
+    told = request.relation or (request.old_target or "").casefold()
+    if subject and told:
+        yield ("relation" if request.relation else "answer"), subject, told
+
+
+def standing(requests: Sequence[EditRequest]) -> list[bool]:
+    """Which of ``requests`` still hold after the last one: the last edit of the same fact, however
+    it is phrased, says the same answer."""
+    last = {fact: request.target for request in requests for fact in _facts(request)}
+    return [all(last[fact] == r.target for fact in _facts(r)) for r in requests]
+
+
 class EditStream:
     """The edits in order of arrival, as batches; a sequence that can be walked any number of times.
 
@@ -77,17 +94,6 @@ class EditStream:
     def edits(self) -> int:
         """How many edits the stream holds."""
         return len(self.requests)
-
-    @property
-    def conflicts(self) -> int:
-        """How many edits contradict the one before them with the same prompt: the later one wins,
-        so the earlier one cannot be retained."""
-        latest: dict[str, str] = {}
-        count = 0
-        for request in self.requests:
-            count += latest.get(request.prompt, request.target) != request.target
-            latest[request.prompt] = request.target
-        return count
 
     def __len__(self) -> int:
         """How many steps there are."""

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hiedit.config import EvaluateConfig
 from hiedit.data.passages import neutral_texts
+from hiedit.data.stream import standing
 from hiedit.evaluation.examples import Everyday, Examples
 from hiedit.evaluation.perplexity import perplexity
 from hiedit.evaluation.results import (
@@ -73,6 +74,7 @@ def run_stream(
     final = probe.measure(total)
     curve.append(CurvePoint(total, final.scores()))
     early = max(1, round(total * config.retention_share))
+    stands = torch.tensor(standing(requests))
     touched = torch.cat(masks)
     names = rollout.updater.names
     return MethodResult(
@@ -84,6 +86,8 @@ def run_stream(
         retention=final.scores(slice(0, early)),
         retention_edits=early,
         immediate=_joined(at_once),
+        superseded=int((~stands).sum()),
+        standing=None if bool(stands.all()) else final.scores(stands),
         curve=tuple(curve),
         by_age=_by_age(final, total),
         kl=mean(final.kl) or 0.0,

@@ -230,7 +230,26 @@ def legend(results: Sequence[MethodResult]) -> list[str]:
         lines.append(f"Mean over {min(seeds)} to {max(seeds)} seeds, ± standard deviation.")
         lines[-1] = lines[-1].replace(f"{min(seeds)} to {min(seeds)}", str(min(seeds)))
     lines.append(f"Stream: {lengths} edits, one after another, weights never reset.")
-    return [*lines, *_beside(results)]
+    return [*lines, *_superseded(results), *_beside(results)]
+
+
+def _superseded(results: Sequence[MethodResult]) -> list[str]:
+    """How the edits fare that no later one contradicts, where some are contradicted."""
+    told = [r for r in results if r.standing is not None and not r.is_control]
+    if not told:
+        return []
+    counts = {r.superseded for r in told}
+    many = str(counts.pop()) if len(counts) == 1 else f"{min(counts)} to {max(counts)}"
+    lines = [
+        f"A later edit of the same fact gives {many} of them another answer. The others alone:"
+    ]
+    for result in told:
+        forced, free = (
+            ", ".join(f"{k[:2]} {percent(getattr(result.standing, k))}" for k in keys)
+            for keys in (("ES_tf", "GS_tf"), METRICS)
+        )
+        lines.append(f"  {result.method}: {free}; teacher-forced {forced}")
+    return lines
 
 
 def _beside(results: Sequence[MethodResult]) -> list[str]:

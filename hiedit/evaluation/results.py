@@ -71,6 +71,8 @@ class MethodResult:
     scores: over all edits, after the whole stream. before: the same before the first edit.
     retention: scores of the earliest ``retention_edits`` edits, after the whole stream.
     immediate: scores of each edit right after it was made.
+    superseded: edits whose fact a later one gave another answer; standing: scores of the others,
+        None where every edit stands (then they are ``scores``).
     curve: scores over the number of edits. by_age: (bucket start, scores) with the age of an edit
         counted in edits made since it, 0 for the latest.
     kl: mean KL of the edited from the unedited model on locality prompts, nats.
@@ -92,6 +94,8 @@ class MethodResult:
     retention: Scores = Scores()
     retention_edits: int | None = None
     immediate: Scores | None = None
+    superseded: int = 0
+    standing: Scores | None = None
     curve: tuple[CurvePoint, ...] = ()
     by_age: tuple[tuple[int, Scores], ...] = ()
     kl: float | None = None
@@ -132,15 +136,16 @@ class MethodResult:
         row |= {name: getattr(self.scores, name) for name in SCORES[3:]}
         row |= {f"retention_{name}": getattr(self.retention, name) for name in SCORES[3:]}
         row |= {f"before_{name}": getattr(self.before, name) for name in SCORES}
-        immediate = self.immediate or Scores()
-        row |= {f"immediate_{name}": getattr(immediate, name) for name in SCORES}
+        for part in ("immediate", "standing"):
+            found = getattr(self, part) or Scores()
+            row |= {f"{part}_{name}": getattr(found, name) for name in SCORES}
         growth = [v for v in map(number, self.weight_growth.values()) if v is not None]
         row["weight_growth"] = sum(growth) / len(growth) if growth else None
         row["weight_growth_max"] = max(growth, default=None)
         for name in _ROW_NUMBERS:
             row[name] = number(getattr(self, name))
         row |= {"retention_edits": self.retention_edits, "train_edits": self.train_edits}
-        row |= {"stream": self.stream, "rejected": self.rejected}
+        row |= {"stream": self.stream, "rejected": self.rejected, "superseded": self.superseded}
         return row
 
 
@@ -191,7 +196,7 @@ def from_plain(data: Mapping[str, Any]) -> MethodResult:
     """
     known = {f.name for f in dataclasses.fields(MethodResult)}
     values = {k: v for k, v in data.items() if k in known}
-    for name in ("scores", "before", "retention", "immediate"):
+    for name in ("scores", "before", "retention", "immediate", "standing"):
         if values.get(name) is not None:
             values[name] = Scores(**values[name])
     points = values.get("curve", ())

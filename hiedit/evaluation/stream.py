@@ -52,12 +52,13 @@ class Measured:
     known: Tensor
     asked: Tensor
 
-    def scores(self, rows: slice = slice(None)) -> Scores:
-        """Means over ``rows`` of the stream, requests without such a prompt left out."""
+    def scores(self, rows: slice | Tensor = slice(None)) -> Scores:
+        """Means over ``rows`` of the stream, a slice or bool [E]; requests without such a prompt
+        are left out."""
         return scores_of(vars(self), rows)
 
 
-def scores_of(values: Mapping[str, Tensor], rows: slice = slice(None)) -> Scores:
+def scores_of(values: Mapping[str, Tensor], rows: slice | Tensor = slice(None)) -> Scores:
     """The scores of the columns in ``values``, named as in ``Measured``; others are None."""
 
     def share(part: str, whole: str) -> float | None:

@@ -53,9 +53,3 @@ def lifelong_stream(
             requests.append(request)
         editable = random.Random(f"lifelong/{seed}/{turn + 1}").sample(editable, len(editable))
     return tuple(requests)
-
-
-def standing(requests: Sequence[EditRequest]) -> list[bool]:
-    """Which of ``requests`` still hold after the last one: no later one edits the same fact."""
-    last = {(r.relation, r.subject): i for i, r in enumerate(requests)}
-    return [last[r.relation, r.subject] == i for i, r in enumerate(requests)]
