@@ -15,11 +15,12 @@ from hiedit.backbone.model import Backbone
 from hiedit.calibration import Calibration, cached, calibrate, fingerprint, place, read, write
 from hiedit.calibration.profile import BESIDE_LEDGER
 from hiedit.experiment import load_backbone
-from hiedit.methods import configured_model, trained_modules
+from hiedit.methods import configured_model, load_method, trained_modules
 from hiedit.progress import Progress, Update
 from hiedit.runconfig import RunConfig
 from hiedit.types import EditRequest
 
+MEASURED = "closed-form"  # the method whose step is
 LARGEST = 2_000_000_000  # parameters of a model that is measured without being asked to
 
 
@@ -55,7 +56,7 @@ def calibration_for(
 
         found = calibrate(
             model, backbone.tokenizer, requests, edits=edits, progress=show, name=name,
-            place=backbone.place,
+            place=backbone.place, steps=load_method(MEASURED).updater,
         )  # fmt: skip
     if found.known < found.edits:
         note(

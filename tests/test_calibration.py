@@ -256,6 +256,21 @@ def test_facts_that_the_model_knows_come_first():
     assert known == 3 and some == [*right, unasked, wrong[0]]
 
 
+def test_the_step_is_of_the_method_that_edits(monkeypatch):
+    """Its trust region, too: within a narrow one nothing moves."""
+    monkeypatch.setattr(measuring, "ETAS", (0.3,))
+    model, tokenizer = tiny_model("llama"), tiny_tokenizer()
+    method = load_method("closed-form").updater
+    narrow, wide = (
+        calibrate(
+            model, tokenizer, [FRANCE, ITALY], edits=2,
+            steps=dataclasses.replace(method, trust_region=region),
+        ).steps[0].kl
+        for region in (1e-20, method.trust_region)
+    )  # fmt: skip
+    assert narrow < 1e-6 and wide > 100 * narrow
+
+
 def test_no_request_to_measure_with_is_an_error():
     with pytest.raises(ValueError, match="no edits to measure with"):
         calibrate(tiny_model("llama"), tiny_tokenizer(), [])

@@ -44,8 +44,8 @@ from hiedit.world import world_requests
 UPDATER = UpdaterConfig(
     kind="closed_form", solver="protected", step="relative", preserve_tokens="all", eta=0.3
 )
-# What closed-form edits with, whose step is measured.
-STEPS = {"step": "natural", "freedom": 2.0, "average_gradients": 1.0, "average_keys": 1.0}
+# What makes the edits whose step is measured, where nobody says.
+NATURAL = UpdaterConfig(kind="closed_form", solver="protected", step="natural", freedom=2.0)
 CURVED = 16  # sentences at once that the curvature is measured on
 CONTEXTS = 3  # behind which an edit is made, where the model's place has no fewer
 PASSES = PassesConfig(max=10, target_probability=0.8)
@@ -71,6 +71,7 @@ def calibrate(
     seed: int = 0,
     name: str = "",
     place: Place = Place(),  # noqa: B008 (frozen, without state)
+    steps: UpdaterConfig = NATURAL,
 ) -> Calibration:
     """Measure ``model``, whose weights stay as they are, bit for bit.
 
@@ -78,7 +79,7 @@ def calibrate(
     where they are fewer than ``edits``, others fill up. None: facts of the packaged world.
     preserve: (prompt, answer) pairs to protect; None: everyday sentences and unrelated prompts of
     requests that are not measured with. name: of the model, for people. place: where edits act
-    on it.
+    on it. steps: of the method whose step is measured; it goes along the natural gradient.
 
     Raises:
         ValueError: if no module is known for a candidate, or there is no request.
@@ -107,10 +108,10 @@ def calibrate(
     for group in _groups(model, names):
         profiles += _profiles(Backbone(model, tokenizer, group), given, measured, len(profiles))
     modules = choose(profiles)
-    steps = _steps(Backbone(model, tokenizer, modules), given, progress)
+    found = _steps(Backbone(model, tokenizer, modules), given, steps, progress)
     return Calibration(
         model=name or type(model).__name__, fingerprint=fingerprint(model), modules=modules,
-        eta=choose_step(steps), profiles=tuple(profiles), steps=tuple(steps), edits=len(chosen),
+        eta=choose_step(found), profiles=tuple(profiles), steps=tuple(found), edits=len(chosen),
         known=known, versions=dict(environment_tags()), seconds=time.perf_counter() - start,
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )  # fmt: skip
@@ -239,9 +240,13 @@ def _fitted(
     return updater
 
 
-def _steps(backbone: Backbone, given: Given, progress: Tell) -> list[StepProfile]:
+def _steps(
+    backbone: Backbone, given: Given, steps: UpdaterConfig, progress: Tell
+) -> list[StepProfile]:
     moments = key_moments(backbone, _batches(backbone, given.preserve))
-    updater = _fitted(backbone, moments, dataclasses.replace(given.updater, **STEPS))
+    tokens, contexts = given.updater.tokens, given.updater.contexts
+    config = dataclasses.replace(steps, tokens=tokens, contexts=contexts)
+    updater = _fitted(backbone, moments, config)
     updater.fit_curvature(output_curvature(backbone, _batches(backbone, given.preserve, CURVED)))
     selector = Selector(backbone.names, backbone.shape_groups(), SelectorConfig(kind="all"))
     env, requests, found = Environment(backbone), given.requests[:STEP_EDITS], []
