@@ -68,7 +68,9 @@ def low_rank_least_squares(p, live):
 
 
 def low_rank_protected(p, live):
-    return protected_least_squares(p["keys"], p["grads"], p["lam"], p["precision"], live)
+    return protected_least_squares(
+        p["keys"], p["grads"], p["lam"], p["keys"] @ p["precision"], live
+    )
 
 
 FORMS = {
@@ -346,7 +348,7 @@ def test_a_shift_rests_on_what_phrasings_share():
         fitted.fit(eye, torch.ones(1, dtype=torch.float64), between[None])
         k = (shared + apart)[None, None]
         directions, _ = protected_least_squares(
-            k, torch.ones(1, 1, O, dtype=torch.float64), torch.tensor([0.1]), fitted.precision,
+            k, torch.ones(1, 1, O, dtype=torch.float64), torch.tensor([0.1]), k @ fitted.precision,
             torch.ones(1, 1, dtype=torch.bool),
         )  # fmt: skip
         given = directions[0] @ torch.stack([shared + apart, shared - apart], -1)

@@ -116,7 +116,7 @@ def test_unit_steps_are_what_they_were_bit_for_bit():
         most = length.new_zeros(len(length), 3)
         most = most.scatter_reduce(1, edit.expand_as(length), length, "amax")[:, edit]
         unit = grads * (group.protection.power.sqrt()[:, None] / most.clamp(min=1e-20))[:, :, None]
-        given = keys, -eta[:, None, None] * unit, lam, group.protection.precision, live
+        given = keys, -eta[:, None, None] * unit, lam, keys @ group.protection.precision, live
         for mine, wanted in zip(
             group.solve(keys, grads, live, edit), protected_least_squares(*given), strict=True
         ):

@@ -92,8 +92,9 @@ class ShapeGroup(nn.Module):
             return ridge_regression(keys, self._relative(wanted, wanted, edit, eta), lam, live)
         step = self._step(pseudo_grads, edit) if joint is None else pseudo_grads / joint[edit, None]
         target = -eta[:, None, None] * step
-        precision = self.protection.precision
-        return protected_least_squares(pseudo_keys, target, lam, precision, live, directions)
+        if directions is None:
+            directions = pseudo_keys @ self.protection.precision
+        return protected_least_squares(pseudo_keys, target, lam, directions, live)
 
     def _step(self, grads: Tensor, edit: Tensor) -> Tensor:
         """Each edit's longest gradient gets the length of a typical output, whatever its batch."""

@@ -45,12 +45,7 @@ def ridge_regression(
 
 
 def protected_least_squares(
-    keys: Tensor,
-    target: Tensor,
-    lam: Tensor,
-    precision: Tensor,
-    live: Tensor,
-    directions: Tensor | None = None,
+    keys: Tensor, target: Tensor, lam: Tensor, directions: Tensor, live: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Least squares that keeps out of the way of protected keys.
 
@@ -58,9 +53,8 @@ def protected_least_squares(
     ``P = (C / c + eps I)^-1`` is large where no protected key points (Woodbury form of
     ``min ||K X - D||^2 + lam d tr(X^T P^-1 X)``, whose dense solution the tests compare).
     keys: [M, T, I]. target ``D``: [M, T, O], wanted change of the module's outputs.
-    lam: [M]. precision ``P``: [M, I, I]. directions: ``U`` [M, T, I], where it is known.
+    lam: [M]. directions: ``U`` [M, T, I], the keys times ``P``.
     """
-    directions = keys @ precision if directions is None else directions
     gram = directions @ keys.mT
     return directions, _ridge(gram, target, lam * mean_diagonal(gram, live), live)
 
