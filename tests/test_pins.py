@@ -4,7 +4,7 @@ every shipped method, and the bits of training and of edits.
 ``pins.json`` holds what they were when they were written down; ``HIEDIT_PIN=1 pytest
 tests/test_pins.py`` writes it anew, which is right where a method's settings were changed on
 purpose, and wrong where code was moved. Products of matrices have other last bits on another
-processor or another torch, so bits are compared where they were written down, sizes everywhere.
+processor or another torch, so bits are compared where they were written down, names everywhere.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from hiedit.compare.cells import Cell, Setup
 from hiedit.compare.config import HeterogeneousConfig
 from hiedit.config import TrainConfig
 from hiedit.experiment import load_backbone
+from hiedit.extension import instruction_set
 from hiedit.methods import build_method, config_dir, load_method, save_editor
 from hiedit.remember import memory_tag
 from hiedit.runconfig import ModelConfig
@@ -47,7 +48,9 @@ def machine() -> str:
         fields = (line.partition(":") for line in named.read_text().splitlines())
         about = {key.strip(): value.strip() for key, _, value in fields}
     kind = [about.get(key, "") for key in ("model name", "cpu family", "model", "stepping")]
-    return ", ".join((f"torch {torch.__version__}", torch.backends.cpu.get_cpu_capability(), *kind))
+    built = f"extension {instruction_set()}"
+    torch_is = f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}"
+    return ", ".join((torch_is, built, *kind))
 
 
 def told(tensors: dict[str, torch.Tensor]) -> dict[str, dict]:
@@ -125,10 +128,8 @@ def test_the_sum_of_five_edits(pins, trained, backbone, name):
     method = trained.get(name)
     if method is None:
         config = quick(name)
-        own = min(config.updater.own_text, 16)
-        config = dataclasses.replace(
-            config, updater=dataclasses.replace(config.updater, own_text=own)
-        )
+        less = dataclasses.replace(config.updater, own_text=min(config.updater.own_text, 16))
+        config = dataclasses.replace(config, updater=less)
         method = build_method(backbone, config, world_requests("train")[:64])
     try:
         for step, request in enumerate(world_requests("test")[:5]):
