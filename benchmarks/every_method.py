@@ -17,12 +17,12 @@ import time
 
 import torch
 
+from hiedit.catalogue import choices, configured_model, load_method
 from hiedit.config import EvaluateConfig, TrainConfig
 from hiedit.data.stream import StreamConfig
 from hiedit.evaluation.lifelong import StreamProbe
 from hiedit.evaluation.results import append_results
 from hiedit.experiment import load_backbone, load_data, run_method
-from hiedit.methods import config_dir, configured_model, load_method
 from hiedit.runconfig import DatasetConfig, ModelConfig
 
 HEADERS = ("method", "ES", "GS", "LS", "rejected", "passes", "s/edit", "total s")
@@ -59,8 +59,7 @@ def main(arguments: list[str]) -> None:
 
 def _shipped() -> list[str]:
     """All methods but the one that names a trained editor of the user's."""
-    names = sorted(path.stem for path in (config_dir() / "method").glob("*.yaml"))
-    return [name for name in names if not name.startswith("_") and name != "static-frequency"]
+    return [name for name in choices("method") if name != "static-frequency"]
 
 
 def _line(cells) -> str:

@@ -25,11 +25,12 @@ import torch
 
 from hiedit.backbone.losses import answer_hits, mean_by_row
 from hiedit.backbone.model import Backbone
+from hiedit.catalogue import load_method
 from hiedit.data.records import load_records
 from hiedit.data.tokens import encode
 from hiedit.experiment import load_backbone
 from hiedit.guard import Guard, GuardedRollout
-from hiedit.methods import build_method, load_method
+from hiedit.methods import build_method
 from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest
 from hiedit.watch import Moved, Watch

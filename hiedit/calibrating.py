@@ -14,8 +14,9 @@ from pathlib import Path
 from hiedit.backbone.model import Backbone
 from hiedit.calibration import Calibration, cached, calibrate, fingerprint, place, read, write
 from hiedit.calibration.profile import BESIDE_LEDGER
+from hiedit.catalogue import configured_model, load_method
 from hiedit.experiment import load_backbone
-from hiedit.methods import configured_model, load_method, trained_modules
+from hiedit.methods import trained_modules
 from hiedit.progress import Progress, Update
 from hiedit.runconfig import RunConfig
 from hiedit.types import EditRequest

@@ -6,8 +6,8 @@ import dataclasses
 import difflib
 from collections.abc import Sequence
 
+from hiedit.catalogue import choices, config_dir
 from hiedit.config import from_mapping
-from hiedit.methods import config_dir
 from hiedit.provenance import leaves
 from hiedit.runconfig import RunConfig
 
@@ -52,7 +52,7 @@ def check_choices(overrides: Sequence[str]) -> None:
         key, _, value = override.partition("=")
         value = value.strip("'\"").removesuffix(".yaml")
         if key in GROUPS and value and value != "null":
-            valid = sorted(p.stem for p in (config_dir() / key).glob("*.yaml"))
+            valid = choices(key)
             if value not in valid:
                 near = difflib.get_close_matches(value, valid, n=1, cutoff=0.3)
                 hint = f"; did you mean {near[0]!r}?" if near else ""

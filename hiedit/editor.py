@@ -20,6 +20,7 @@ from torch import nn
 from hiedit.backbone.model import Backbone
 from hiedit.calibrating import prepared
 from hiedit.calibration import calibrated
+from hiedit.catalogue import configured_model, load_method
 from hiedit.data.neutral import NEUTRAL
 from hiedit.edited import COMMITTED, PREDICTED, REJECTED, SKIPPED, Edited, Holding, holding
 from hiedit.experiment import WORLD, load_backbone, model_path
@@ -31,14 +32,7 @@ from hiedit.ledger.reader import Reader
 from hiedit.ledger.records import ACTIVE, Entry, Record
 from hiedit.ledger.state import DeltaState
 from hiedit.ledger.verify import Verification
-from hiedit.methods import (
-    Method,
-    build_method,
-    configured_model,
-    load_editor,
-    load_method,
-    trained_modules,
-)
+from hiedit.methods import Method, build_method, load_editor, trained_modules
 from hiedit.remember import Memory
 from hiedit.rl.rollout import Outcome
 from hiedit.runconfig import ModelConfig

@@ -14,7 +14,6 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
-from hiedit.checks import choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.neutral import NEUTRAL
 from hiedit.knowledge.fitting import (
@@ -162,48 +161,6 @@ def _empty(backbone: Backbone, config: MethodConfig, seed: int) -> Method:
     updater = Updater(backbone.names, groups, config.updater).to(backbone.device)
     selector = Selector(backbone.names, groups, config.selector, seed).to(backbone.device)
     return Method(config, Rollout(Environment(backbone), selector, updater, config.passes))
-
-
-def load_method(path: str | Path) -> MethodConfig:
-    """A method from a YAML file (or the name of one in ``configs/method``)."""
-    import yaml  # comes with transformers
-
-    path = Path(path)
-    if not path.suffix and len(path.parts) > 1:
-        raise ValueError(f"method={str(path)!r}: neither a YAML file nor a trained editor")
-    if not path.suffix:
-        path = config_dir() / "method" / f"{path.name}.yaml"
-        choice("method", path.stem, tuple(sorted(p.stem for p in path.parent.glob("*.yaml"))))
-    if not path.is_file():
-        raise ValueError(f"method={str(path)!r}: there is no such file")
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"method={str(path)!r}: no YAML ({' '.join(str(error).split())})"
-        ) from None
-    return from_mapping(MethodConfig, values, "method")
-
-
-def configured_model(model: str) -> dict:
-    """What ``configs/model`` says about a path or hub name; empty if it is not there."""
-    import yaml
-
-    for path in sorted((config_dir() / "model").glob("*.yaml")):
-        values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-        if values.get("path") == model:
-            return values
-    return {}
-
-
-def config_dir() -> Path:
-    """The Hydra groups: of the checkout, or of the installed package ``hiedit_configs``."""
-    checkout = Path(__file__).resolve().parent.parent / "configs"
-    if checkout.is_dir():
-        return checkout
-    import hiedit_configs
-
-    return Path(next(iter(hiedit_configs.__path__)))
 
 
 def save_editor(method: Method, directory: str | Path) -> Path:

@@ -31,9 +31,9 @@ def main() -> int:
         print(MISSING.format(name=error.name), file=sys.stderr)
         return 2
 
+    from hiedit.catalogue import config_dir
     from hiedit.compose import compose, register_schema
     from hiedit.config import from_mapping
-    from hiedit.methods import config_dir
     from hiedit.parallel import WorkerDied
     from hiedit.rl.checkpoint import Interrupted
     from hiedit.run import read_config, run

@@ -26,8 +26,8 @@ from hiedit.calibration import (
     write,
 )
 from hiedit.calibration import measure as measuring
+from hiedit.catalogue import load_method
 from hiedit.config import Place
-from hiedit.methods import load_method
 from hiedit.types import EditRequest, Locality
 from hiedit.world import world_dir, world_requests
 

@@ -13,6 +13,7 @@ import time
 import pytest
 import torch
 
+from hiedit.catalogue import load_method
 from hiedit.compare import grid, measure
 from hiedit.compare.analysis import Comparison, auc, comparisons, truth_scores
 from hiedit.compare.cells import Cell, cell_path, read_cell, write_cell
@@ -23,7 +24,6 @@ from hiedit.compare.grid import choose, measure_cells, setup_of, tune_cells
 from hiedit.compare.probing import correlations, spearman
 from hiedit.compose import compose
 from hiedit.evaluation.statistics import Paired, holm, permutation_test
-from hiedit.methods import load_method
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TIMES = ("seconds", "cpu_seconds", "wall_seconds", "train_seconds", "seconds_per_edit")

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hiedit.catalogue import choices, config_dir, load_method
 from hiedit.config import (
     EvaluateConfig,
     MethodConfig,
@@ -18,14 +19,10 @@ from hiedit.config import (
     UpdaterConfig,
     from_mapping,
 )
-from hiedit.methods import config_dir, load_method
 from hiedit.runconfig import DatasetConfig, ModelConfig, RunConfig
 
 compose = pytest.importorskip("hiedit.compose").compose
-GROUPS = {
-    group: sorted(path.stem for path in (config_dir() / group).glob("*.yaml"))
-    for group in ("method", "model", "dataset")
-}
+GROUPS = {group: choices(group) for group in ("method", "model", "dataset")}
 NEEDS_PATH = {"dataset": ["dataset.path=records.json"], "model": ["model.path=some/model"]}
 
 
@@ -64,6 +61,40 @@ def test_methods_name_themselves_and_survive_the_way_to_json_and_back(name):
     method = load_method(name)
     assert method.name == name
     assert from_mapping(MethodConfig, dataclasses.asdict(method)) == method
+
+
+def test_a_method_of_ones_own_builds_on_a_shipped_one(tmp_path):
+    (tmp_path / "mine.yaml").write_text(
+        "defaults: [hiedit, _self_]\nname: mine\nselector: {features: [gain], k: 3}\n"
+    )
+    (tmp_path / "below.yaml").write_text("name: below\ndefaults: [_self_, mine]\n")
+    mine, hiedit = load_method(tmp_path / "mine.yaml"), load_method("hiedit")
+    selector = dataclasses.replace(hiedit.selector, features=["gain"], k=3)
+    assert mine == dataclasses.replace(hiedit, name="mine", selector=selector)
+    assert load_method(tmp_path / "below.yaml") == mine
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults: [nothing]", "default 'nothing' is neither beside it nor one of _hiedit, "),
+        ("defaults: hiedit", "defaults='hiedit': it must be a list of names"),
+        ("defaults: []", "must be a list of names"),
+        ("defaults: [one, _self_]", r"in a circle \(one.yaml -> one.yaml\)"),
+        ("defaults: [hiedit]\nselector: {kinds: all}", "kinds"),
+    ],
+)
+def test_defaults_that_are_none_are_named(tmp_path, text, said):
+    (tmp_path / "one.yaml").write_text(text)
+    with pytest.raises(ValueError, match=said):
+        load_method(tmp_path / "one.yaml")
+
+
+def test_parts_of_methods_are_no_methods():
+    with pytest.raises(ValueError, match="_hiedit"):
+        load_method("_hiedit")
+    with pytest.raises(ValueError, match="method=_hiedit: valid are best-static"):
+        compose(["method=_hiedit"])
 
 
 def test_hydras_defaults_are_those_of_the_dataclasses():

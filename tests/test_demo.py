@@ -9,12 +9,12 @@ import json
 import pytest
 
 from hiedit import demo, known
+from hiedit.catalogue import load_method
 from hiedit.data.stream import StreamConfig
 from hiedit.evaluation.report import everyday_lines, legend
 from hiedit.evaluation.results import MethodResult, Said, from_plain, plain
 from hiedit.evaluation.scores import Scores
 from hiedit.experiment import KNOWN, load_backbone, load_data
-from hiedit.methods import load_method
 from hiedit.runconfig import DatasetConfig, ModelConfig
 from hiedit.world import known as phrased
 from hiedit.world.phrasings import PHRASINGS

@@ -10,12 +10,13 @@ import torch
 
 import hiedit
 from hiedit.backbone.model import Backbone
+from hiedit.catalogue import load_method
 from hiedit.config import UpdaterConfig
 from hiedit.edited import COMMITTED, PREDICTED, REJECTED, SKIPPED
 from hiedit.editor import Editor
 from hiedit.guard import Guard, predict
 from hiedit.ledger.errors import LedgerLocked
-from hiedit.methods import build_method, load_method, save_editor
+from hiedit.methods import build_method, save_editor
 from hiedit.types import EditRequest, Shift
 from hiedit.updaters.memory import lifelong_state
 from hiedit.world import world_dir, world_stream

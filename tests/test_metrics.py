@@ -6,11 +6,12 @@ import pytest
 import torch
 from worlds import MODULES, same, weights
 
+from hiedit.catalogue import load_method
 from hiedit.evaluation.lifelong import StreamProbe
 from hiedit.evaluation.metrics import answered
 from hiedit.evaluation.words import match
 from hiedit.experiment import load_backbone
-from hiedit.methods import build_method, load_method
+from hiedit.methods import build_method
 from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch, EditRequest, Locality
 from hiedit.world import world_facts, world_requests

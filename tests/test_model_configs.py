@@ -10,8 +10,8 @@ import transformers
 import yaml
 
 from hiedit.backbone.modules import resolve_modules
+from hiedit.catalogue import config_dir
 from hiedit.config import from_mapping
-from hiedit.methods import config_dir
 from hiedit.runconfig import ModelConfig
 from hiedit.world import world_dir
 

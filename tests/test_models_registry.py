@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import hiedit
 from hiedit import doctor
 from hiedit.backbone.model import Backbone
+from hiedit.catalogue import configured_model
 from hiedit.evaluation.metrics import generate
 from hiedit.experiment import model_path
-from hiedit.methods import configured_model
 from hiedit.models import KNOWN, cache_dir, get, known, place, resolve
 from hiedit.models.registry import Known, is_here
 from hiedit.world import world_dir

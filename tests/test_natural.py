@@ -12,9 +12,9 @@ from hiedit.backbone.curvature import output_curvature
 from hiedit.backbone.model import Backbone
 from hiedit.backbone.moments import KeyMoments
 from hiedit.backbone.signals import Probe
+from hiedit.catalogue import load_method
 from hiedit.config import UpdaterConfig
 from hiedit.data.tokens import encode
-from hiedit.methods import load_method
 from hiedit.updaters.averaging import averaged, share_at
 from hiedit.updaters.group import through
 from hiedit.updaters.natural import joint_length

@@ -20,12 +20,13 @@ import pytest
 import torch
 from worlds import MODULES, quick
 
+from hiedit.catalogue import choices, load_method
 from hiedit.compare.cells import Cell, Setup
 from hiedit.compare.config import HeterogeneousConfig
 from hiedit.config import TrainConfig
 from hiedit.experiment import load_backbone
 from hiedit.extension import instruction_set
-from hiedit.methods import build_method, config_dir, load_method, save_editor
+from hiedit.methods import build_method, save_editor
 from hiedit.remember import memory_tag
 from hiedit.runconfig import ModelConfig
 from hiedit.types import EditBatch
@@ -34,9 +35,7 @@ from hiedit.world import world_requests
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 PINS = Path(__file__).with_name("pins.json")
-SHIPPED = sorted(
-    path.stem for path in (config_dir() / "method").glob("*.yaml") if path.stem[0] != "_"
-)
+SHIPPED = choices("method")
 TRAINED, EDITED = ("hiedit", "rledit"), ("closed-form", "ultraedit", "hiedit")
 SETUP = Setup("world", ModelConfig(), HeterogeneousConfig(), TrainConfig(), 0.25, 128)
 

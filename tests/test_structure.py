@@ -21,7 +21,7 @@ LAYERS = [
     {"checks"},
     {"updaterconfig"},
     {"types", "progress", "config", "durable", "extension", "provenance"},
-    {"data", "world"},
+    {"catalogue", "data", "world"},
     {"backbone", "models"},
     {"policy", "updaters", "ledger"},
     {"knowledge", "rl"},

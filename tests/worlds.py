@@ -7,9 +7,9 @@ from pathlib import Path
 
 import torch
 
+from hiedit.catalogue import load_method
 from hiedit.config import EvaluateConfig, MethodConfig, TrainConfig
 from hiedit.data.stream import StreamConfig
-from hiedit.methods import load_method
 from hiedit.runconfig import DatasetConfig, ModelConfig, RunConfig, TrackingConfig
 
 MODULES = ["model.layers.{3-4}.mlp.gate_proj", "model.layers.{3-4}.mlp.up_proj"]

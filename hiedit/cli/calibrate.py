@@ -51,9 +51,9 @@ def calibrate(
     """
     from hiedit.calibrating import calibration_for
     from hiedit.calibration import place
+    from hiedit.catalogue import configured_model
     from hiedit.data.records import load_records
     from hiedit.experiment import load_backbone
-    from hiedit.methods import configured_model
     from hiedit.runconfig import ModelConfig
 
     requests = None

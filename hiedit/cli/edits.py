@@ -114,11 +114,11 @@ def edit(
     a file with malformed rows nothing is applied unless --skip-bad-rows is given); 2 if the
     command could not go on.
     """
+    from hiedit.catalogue import load_method
     from hiedit.cli.report import Report
     from hiedit.cli.requests import from_file, from_lines
     from hiedit.experiment import WORLD, is_editor, model_path
     from hiedit.ledger.offline import check_free
-    from hiedit.methods import load_method
 
     limits = Guard.of(model in (WORLD, model_path(WORLD)))
     limits = dataclasses.replace(limits, min_success=min_success, max_local_kl=max_local_kl)

@@ -44,7 +44,7 @@ def plan(
     """
     import dataclasses
 
-    from hiedit.methods import load_method
+    from hiedit.catalogue import load_method
     from hiedit.plan.plan import Machines, cheapest, facts_of
     from hiedit.plan.plan import plan as make
 
@@ -81,8 +81,8 @@ def _model(model: str, modules, dtype: str | None, trust: bool):
 
     import yaml
 
+    from hiedit.catalogue import config_dir, configured_model
     from hiedit.config import from_mapping
-    from hiedit.methods import config_dir, configured_model
     from hiedit.runconfig import ModelConfig
 
     named = config_dir() / "model" / f"{model}.yaml"

@@ -70,8 +70,8 @@ def demo(
     model (`hiedit models get smollm2-135m`). With --world the same on the embedded world, 200
     edits.
     """
+    from hiedit.catalogue import load_method
     from hiedit.demo import quicker, real_config, world_config
-    from hiedit.methods import load_method
     from hiedit.run import run
 
     names = (methods or ",".join(WORLD_METHODS if world else REAL_METHODS)).split(",")
@@ -149,9 +149,9 @@ def evaluate(
     tracking: Annotated[str, typer.Option(help="auto, mlflow or off")] = "auto",
 ) -> None:
     """Edit a lifelong stream with a method and measure ES, GS, LS and retention."""
+    from hiedit.catalogue import configured_model, load_method
     from hiedit.compose import compose
     from hiedit.experiment import is_editor
-    from hiedit.methods import configured_model, load_method
     from hiedit.run import run
     from hiedit.runconfig import DatasetConfig, ModelConfig
 

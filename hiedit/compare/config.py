@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hiedit.backbone.modules import expand_ranges
+from hiedit.catalogue import load_method
 from hiedit.checks import at_least, choice
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
-from hiedit.methods import load_method
 from hiedit.provenance import leaves
 from hiedit.runconfig import ModelConfig
 

@@ -14,11 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from hiedit.catalogue import load_method
 from hiedit.compare.cells import Cell, Setup, read_cell
 from hiedit.compare.config import ExperimentConfig, apply
 from hiedit.compare.tables import table
 from hiedit.evaluation.statistics import mean
-from hiedit.methods import load_method
 from hiedit.types import Action, Signals
 from hiedit.world.fictional import GROUPS
 from hiedit.world.heterogeneous import modules_of

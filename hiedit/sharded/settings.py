@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from hiedit.methods import config_dir
+from hiedit.catalogue import config_dir
 
 OURS = {"float32": None, "bfloat16": "bf16", "float16": "fp16"}
 FIXED = {  # by key below zero_optimization: what it must be, and why
