@@ -220,9 +220,8 @@ class Backbone:
 
         inputs: [N, S, I], detached. outputs: [N, S, O], part of the graph; [N*S, I] and [N*S, O]
         where the architecture flattens them (OPT's MLP), [1, T, .] where padding was left out, see
-        ``at_tokens``. Differentiate a loss
-        with respect to them by ``torch.autograd.grad`` (the probe of the design: where the graph
-        has not begun, the output itself becomes its leaf, which saves adding a zero tensor).
+        ``at_tokens``. Differentiate a loss with respect to them by ``torch.autograd.grad``: where
+        the graph has not begun, the output itself becomes its leaf.
         """
         inputs: dict[str, Tensor] = {}
         outputs: dict[str, Tensor] = {}

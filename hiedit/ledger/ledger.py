@@ -5,7 +5,7 @@
     open:            newest snapshot -> edits after it -> weights
 
 The weights are a pure function of the base weights and the ordered set of edits in effect, bit for
-bit, whichever path led there (design, section 5).
+bit, whichever path led there (docs/ledger.md).
 """
 
 from __future__ import annotations

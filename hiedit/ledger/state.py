@@ -1,7 +1,7 @@
 """The committed edits of one model in memory: ``W = round(W_0 + acc)``.
 
 The accumulators are fp32 and added to in canonical order (edit, then rank row), so the weights
-are a pure function of the base weights and the committed edits (design, section 5).
+are a pure function of the base weights and the committed edits (docs/ledger.md).
 
 What holds whatever is committed: an edit changes all of its modules or none, and no NaN or Inf
 reaches a weight. A non-finite factor is easy to see; a finite pair can still overflow, in the

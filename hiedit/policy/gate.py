@@ -49,7 +49,7 @@ class Encoder(nn.Module):
 
 
 class GateNetwork(nn.Module):
-    """Encoders by weight shape, concatenated over modules, and a linear gate (design, section 3).
+    """Encoders by weight shape, concatenated over modules, and a linear gate (docs/methods.md).
 
     The gate's weights start small, so that the first choices follow its bias. Features of each
     module (``Signals.state``, ``features`` of them) reach the logits through weights that start at
@@ -83,7 +83,7 @@ class GateNetwork(nn.Module):
         self.register_buffer("prior", fixed, persistent=False)  # follows from the configuration
 
     def observe(self, signals: Signals) -> None:
-        """Update the normalisers (the published code never does: design, section 3)."""
+        """Update the normalisers (the published code never does)."""
         for encoder in self.encoders:
             encoder.observe(signals)
         if self.state_norm is not None:

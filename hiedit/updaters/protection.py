@@ -21,7 +21,7 @@ class Protection(nn.Module):
     moment ``C_0 / c``: [M, I, I]. precision ``P``: [M, I, I]. power: [M], mean squared norm of
     the modules' outputs on the preserved prompts. eps: ridge relative to the mean key power.
     The precision is not part of the state dict: ``reset`` after loading one.
-    absorb: weight of one edit's keys against one average preserved key (0.05 in the design).
+    absorb: weight of one edit's keys against one average preserved key.
     phrasing: ``phi``; where it is not zero there is ``scatter`` ``phi S / c``: [M, I, I].
     sinks: [M, s, I], orthonormal directions (zeros where a module has fewer) along which no shift
     may act at all: ``P`` is the limit of protecting them with infinite weight. None without sinks.
