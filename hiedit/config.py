@@ -229,15 +229,19 @@ class MethodConfig:
     objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
     passes: PassesConfig = field(default_factory=PassesConfig)
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train before the first edit."""
+        return self.objective.kind != "none"
+
     def __post_init__(self):
-        learns = self.updater.kind == "hypernetwork" or self.selector.learned
-        if self.objective.kind != "none" and not learns:
+        learns = self.updater.learned or self.selector.learned
+        if self.trains and not learns:
             raise ValueError(
                 f"method.objective.kind={self.objective.kind!r}: {self.name!r} has nothing to "
                 "learn (no hypernetwork, no policy); set it to 'none'"
             )
-        protected = self.updater.kind != "none" and self.updater.solver == "protected"
-        if "collision" in self.selector.features and not protected:
+        if "collision" in self.selector.features and not self.updater.protects:
             raise ValueError(
                 f"method.selector.features={self.selector.features!r}: 'collision' is with "
                 "protected keys; set method.updater.solver=protected, or leave it out"
@@ -247,7 +251,7 @@ class MethodConfig:
                 f"method.selector.features={self.selector.features!r}: 'gain' and 'cost' are of "
                 "an updater's shifts, and method.updater.kind='none' has none; leave them out"
             )
-        if self.objective.kind == "none" and learns:
+        if learns and not self.trains:
             raise ValueError(
                 f"method.objective.kind='none': {self.name!r} has a learned part; "
                 "set it to 'edit' or 'trajectory'"

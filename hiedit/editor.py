@@ -352,7 +352,7 @@ class Editor:
 
 def _training_free(method: str):
     config = load_method(method)
-    if config.objective.kind != "none":
+    if config.trains:
         raise ValueError(
             f"method={method!r} has to be trained first (python launch/train.py method={method}); "
             "then give the directory of the trained editor as policy=RUN_DIR/editors/..."

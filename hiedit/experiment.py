@@ -234,7 +234,7 @@ def training_requests(
 ) -> tuple[EditRequest, ...]:
     """What ``method`` trains on and protects by. Where gold answers are missing these are as many
     requests, drawn by ``seed``, as the training can use, each completed."""
-    uses = method.objective.kind != "none" or method.updater.solver == "protected"
+    uses = method.trains or method.updater.protects
     if not uses or all(p.answer for r in data.train for p in r.locality):
         return data.train
     limit = min(max(train.edits, 256), len(data.train))
@@ -257,7 +257,7 @@ def train_method(
     hooks.stage("prepare")
     requests = training_requests(backbone, data, method, train, seed)
     preserve = data.preserve
-    if method.objective.kind != "none":  # what is edited in training must not be kept as it is
+    if method.trains:  # what is edited in training must not be kept as it is
         edited = {r.prompt for r in requests}
         preserve = tuple(pair for pair in preserve if pair[0] not in edited)
     parts = build_method(backbone, method, requests, preserve, seed)

@@ -48,7 +48,7 @@ class Method:
 
     @property
     def learned(self) -> bool:
-        return self.config.objective.kind != "none"
+        return self.config.trains
 
     def trainer(self, config: TrainConfig, seed: int = 0) -> Trainer:
         """A trainer over these parts."""
@@ -85,7 +85,7 @@ def build_method(
     if config.updater.contexts:
         method.rollout.contexts = draw_contexts(backbone, config.updater.contexts, seed)
     env, selector, updater = method.rollout.env, method.rollout.selector, method.rollout.updater
-    protects = config.updater.kind != "none" and config.updater.solver == "protected"
+    protects = config.updater.protects
     if protects or config.passes.preserved:
         pairs = preserved_pairs(config, train, preserve)
     if protects:

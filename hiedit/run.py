@@ -241,7 +241,7 @@ def of_version(name: str, steps: list[TrainStep], status: dict[str, float]) -> M
 
 
 def learns(config: RunConfig, method: MethodConfig) -> bool:
-    return method.objective.kind != "none" and config.train.edits > 0
+    return method.trains and config.train.edits > 0
 
 
 def editor_place(config: RunConfig, method: MethodConfig | str) -> str:

@@ -79,6 +79,16 @@ class UpdaterConfig:
     trust_region: float | None = None
     own_weight: float = 0.0
 
+    @property
+    def learned(self) -> bool:
+        """Whether it has parameters to train."""
+        return self.kind == "hypernetwork"
+
+    @property
+    def protects(self) -> bool:
+        """Whether its shifts keep away from the keys of preserved knowledge and earlier edits."""
+        return self.kind != "none" and self.solver == "protected"
+
     def __post_init__(self):
         choice("method.updater.kind", self.kind, UPDATERS)
         choice("method.updater.solver", self.solver, SOLVERS)

@@ -16,6 +16,7 @@ from ledgers import assert_same, entry, expected, fill, new_state, stored, weigh
 from safetensors.torch import load_file
 
 from hiedit.ledger import DamagedError, Entry, Ledger, LedgerError, drop_damaged
+from hiedit.ledger.errors import NotFiniteError
 from hiedit.types import EditRequest, Locality, Shift
 
 
@@ -170,6 +171,29 @@ def test_an_edit_that_would_overflow_is_taken_back(tmp_path):
     state = new_state()
     Ledger(tmp_path, state).close()
     assert_same(weights(state), expected([1, 2, 3]))
+
+
+def test_recovery_goes_by_the_kind_of_an_error_not_by_its_words(tmp_path, monkeypatch):
+    """A process that died after storing an edit that overflows; the message is another one now."""
+    fill(tmp_path, 2)
+    huge = Shift(torch.full((1, 8), 1e30), torch.full((6, 1), 1e30))
+    state = new_state()
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Ledger, "_take_back", dies)
+        ledger = Ledger(tmp_path, state)
+        with pytest.raises(KeyboardInterrupt):
+            ledger.commit([replace(entry(state, 9), shifts={"layers.1.mlp": huge})])
+        ledger.close()
+    monkeypatch.setattr(NotFiniteError, "__str__", lambda self: "too large")
+    state = new_state()
+    with pytest.warns(RuntimeWarning, match="the commit of edits 3 was undone"):
+        ledger = Ledger(tmp_path, state)
+    ledger.close()
+    assert_same(weights(state), expected([1, 2]))
 
 
 @pytest.mark.parametrize(

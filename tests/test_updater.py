@@ -350,3 +350,12 @@ def test_an_edit_is_protected_in_all_modules_where_that_is_asked():
         assert_close(third.protection.precision, group.protection.precision)
     touched = make_updater(**SETTINGS["protected-unit"])
     assert list(keys_to_keep(touched, signals, mask)) == ["a"]
+
+
+def test_a_method_that_edits_nothing_protects_nothing():
+    """No precision matrices, two of every module, and no inverse at every reset."""
+    for kind, protects in (("none", False), ("closed_form", True)):
+        config = UpdaterConfig(kind=kind, solver="protected")
+        updater = Updater(NAMES, groups(), config)
+        assert config.protects == protects
+        assert all((group.protection is not None) == protects for group in updater.groups)

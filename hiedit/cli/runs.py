@@ -157,7 +157,7 @@ def evaluate(
 
     editor = method if is_editor(method) else None
     chosen = None if editor else load_method(method)
-    if chosen is not None and chosen.objective.kind != "none":
+    if chosen is not None and chosen.trains:
         raise ValueError(
             f"--method={method}: it has to be trained first (python launch/train.py "
             f"method={method}); then give its directory, RUN_DIR/editors/{method}"

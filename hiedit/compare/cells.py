@@ -60,7 +60,7 @@ class Cell:
 
     @property
     def learned(self) -> bool:
-        return self.method.objective.kind != "none"
+        return self.method.trains
 
     @property
     def edits(self) -> int:

@@ -85,7 +85,7 @@ class OracleConfig:
         at_least("experiment.oracle.edits", self.edits, 0)
         if not self.etas or not self.seeds:
             raise ValueError("experiment.oracle: etas and seeds need at least one value each")
-        if load_method(self.method).objective.kind != "none":
+        if load_method(self.method).trains:
             raise ValueError(f"experiment.oracle.method={self.method!r}: it must be training-free")
 
 
@@ -228,7 +228,7 @@ def _uses(method: MethodConfig, key: str) -> bool:
     if method.updater.kind == "none":
         return False
     part = key.split(".")[0]
-    return part != "objective" or method.objective.kind != "none"
+    return part != "objective" or method.trains
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,10 @@ class LedgerError(RuntimeError):
     """The ledger could not do what was asked; what was acknowledged before is unharmed."""
 
 
+class NotFiniteError(ValueError):
+    """A shift, or what a weight would become with it, is not finite; nothing was changed."""
+
+
 class LedgerLocked(LedgerError):
     """Another process (or another object of this one) is writing to the ledger."""
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from hiedit.ledger import snapshots
 from hiedit.ledger.compact import Compaction, compact
-from hiedit.ledger.errors import LedgerError, listed
+from hiedit.ledger.errors import LedgerError, NotFiniteError, listed
 from hiedit.ledger.fingerprint import ModuleInfo
 from hiedit.ledger.reader import Attachment, Reader
 from hiedit.ledger.records import ACTIVE, DROPPED, REVERTED, Entry, Event, Record
@@ -72,9 +72,7 @@ class Ledger:
         try:
             try:
                 self._replay()
-            except ValueError as error:
-                if "not finite" not in str(error):
-                    raise
+            except NotFiniteError:
                 self._finish()
                 self._replay()
             self._tail = snapshots.tail(self._store)

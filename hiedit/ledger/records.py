@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from hiedit.ledger.errors import NotFiniteError
 from hiedit.ledger.files import Spec
 from hiedit.ledger.fingerprint import ModuleInfo
 from hiedit.types import EditRequest, Locality, Shift, Shifts
@@ -142,7 +143,7 @@ def _baked(shift: Shift, module: ModuleInfo, what: str) -> Shift:
         kept = scale.nonzero().squeeze(-1)
         A, B = A[kept], B[:, kept] * scale[kept]
     if not (bool(A.isfinite().all()) and bool(B.isfinite().all())):
-        raise ValueError(f"{at} is not finite: nothing was changed")
+        raise NotFiniteError(f"{at} is not finite: nothing was changed")
     return Shift(A.cpu().contiguous(), B.cpu().contiguous())
 
 

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from hiedit.backbone.modules import EditableModule
 from hiedit.ledger.accumulate import DTYPES, Update, accumulate_, commit_group_, materialize_
+from hiedit.ledger.errors import NotFiniteError
 from hiedit.types import Shift, Shifts
 
 # Rank rows of consecutive shifts that `rebuild` adds in one pass over an accumulator: enough that
@@ -249,7 +250,7 @@ class DeltaState:
         for name, shift in shifts.items():
             a, b, s = next(found), next(found), next(found)
             if not math.isfinite(a + b + s):
-                raise ValueError(f"the shift of {name} is not finite; nothing was changed")
+                raise NotFiniteError(f"the shift of {name} is not finite; nothing was changed")
             left = b * s  # rounded to fp32 in the accumulation, where it could become infinite
             size = math.inf if left > _limit(torch.float32) else shift.rank * left * a
             if shift.rank > 0 and s != 0:
@@ -283,7 +284,7 @@ class DeltaState:
         weight = materialize_(torch.empty_like(base), base, acc)
         peaks = [self._top(name, t) for t in (base, acc, weight)]
         if not all(map(math.isfinite, peaks)):
-            raise ValueError(
+            raise NotFiniteError(
                 f"{name}: the weight plus the shifts is not finite in {base.dtype} "
                 f"(largest base weight {peaks[0]:.3g}, largest sum of shifts {peaks[1]:.3g}); "
                 "nothing was changed"

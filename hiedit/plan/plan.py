@@ -160,10 +160,10 @@ def plan(facts: Facts, method: MethodConfig, machines: Machines, **seen: int) ->
     m, ranks = machines, machines.devices
     shape = _shape(facts, method, m.gpu, ranks, **seen)
     parts = step_bytes(shape)
-    learned = method.objective.kind != "none"
+    learned = method.trains
     shard = -(-facts.parameters * facts.bytes // ranks)
     ledger = sum(i * o for i, o in facts.editable) * (4 + facts.bytes) // ranks
-    protects = method.updater.kind != "none" and method.updater.solver == "protected"
+    protects = method.updater.protects
     curved = [o for _, o in facts.editable] if method.updater.step == "natural" else ()
     kept, fitted = (
         protection_bytes([i for i, _ in facts.editable], bool(method.updater.phrasing), curved)
@@ -226,7 +226,7 @@ def _changes(facts, method, machines) -> Iterator[tuple]:
             if machines.gpu:
                 words = f"zero3-offload and method.objective.back_depth={depth}"
                 yield words, facts, shallow, offloaded
-    if method.updater.kind == "hypernetwork" and method.updater.rank > 64:
+    if method.updater.learned and method.updater.rank > 64:
         narrow = replace(method, updater=replace(method.updater, rank=64))
         yield "method.updater.rank=64", facts, narrow, machines
     count = machines.devices
@@ -255,7 +255,7 @@ def _shape(facts: Facts, method: MethodConfig, gpu: bool, ranks: int, **seen: in
     return Shape(
         facts.hidden, facts.intermediate, facts.layers, facts.vocab, facts.first, facts.heads,
         facts.kv_heads, len(facts.editable), facts.bytes, updater.rank,
-        updater.blocks if updater.kind == "hypernetwork" else 0,
+        updater.blocks if updater.learned else 0,
         method.selector.hidden if method.selector.kind == "policy" else 0,
         fused=not gpu and facts.bytes == 4, **(tokens | edit | seen),
     )  # fmt: skip

@@ -39,7 +39,7 @@ def first_order_gain(signals: Signals, shifts: Shifts, names: list[str]) -> Tens
 def module_costs(updater: Updater, shifts: Shifts) -> Tensor:
     """[L]: the energy of each shift on preserved prompts; its squared norm where the updater
     protects nothing. Edits of one step share it."""
-    if updater.config.solver == "protected":
+    if updater.config.protects:
         return updater.energy(shifts)
     zero = next(updater.parameters()).new_zeros(())
     return torch.stack([squared_norm({n: shifts[n]}) if n in shifts else zero

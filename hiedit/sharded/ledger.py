@@ -10,6 +10,7 @@ accumulators no rank holds whole: a later opening in one process makes up for it
 from __future__ import annotations
 
 import hashlib
+import json
 import socket
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 from torch import Tensor
 
 from hiedit.ledger import snapshots
-from hiedit.ledger.errors import LedgerError
+from hiedit.ledger.errors import LedgerError, NotFiniteError
 from hiedit.ledger.files import raw
 from hiedit.ledger.fingerprint import ModuleInfo
 from hiedit.ledger.ledger import Ledger
@@ -81,9 +82,9 @@ class LeadingLedger(Ledger):
         try:
             ids = super()._store_edits(entries, shifts)
         except Exception as error:
-            self.ranks.tell(f"!{error}")
+            self.ranks.tell(json.dumps({"error": f"{error}"}))
             raise
-        self.ranks.tell(" ".join(map(str, ids)))
+        self.ranks.tell(json.dumps({"ids": ids}))
         return ids
 
     def _rebuild(self, names, acc, stream) -> None:
@@ -111,9 +112,7 @@ class FollowingLedger:
         self._reader = Reader(Path(directory).expanduser().absolute(), None)
         try:
             self._replay()
-        except ValueError as error:
-            if "not finite" not in str(error):
-                raise
+        except NotFiniteError:
             ranks.tell(None)  # rank 0 has undone the last change
             self._replay()
 
@@ -123,10 +122,10 @@ class FollowingLedger:
         shifts = [baked(e.shifts, modules, f"edit {e.request.prompt!r}") for e in entries]
         if not entries:
             return []
-        said = self.ranks.tell(None)
-        if said.startswith("!"):
-            raise LedgerError(said[1:])
-        ids = [int(word) for word in said.split()]
+        said = json.loads(self.ranks.tell(None))
+        if "error" in said:
+            raise LedgerError(said["error"])
+        ids = said["ids"]
         try:
             for one in shifts:
                 self.state.commit(one)

@@ -33,7 +33,7 @@ class ShapeGroup(nn.Module):
         m, (i, o) = len(names), shape
         self.key_norm = RunningNorm(m, i, config.clamp)
         self.grad_norm = RunningNorm(m, o, config.clamp)
-        learned = config.kind == "hypernetwork"
+        learned = config.learned
         self.log_eta = nn.Parameter(torch.full((m,), math.log(config.eta)), learned)
         self.log_lam = nn.Parameter(torch.full((m,), math.log(config.lam)), learned)
         self.net = (
@@ -41,7 +41,7 @@ class ShapeGroup(nn.Module):
             if learned
             else None
         )
-        protects = config.solver == "protected"
+        protects = config.protects
         # What a typical output of each module is, for solvers that are not told it otherwise.
         relative = config.step == "relative" and not protects
         self.register_buffer("power", torch.ones(m) if relative else None)

@@ -62,7 +62,7 @@ class Updater(nn.Module):
 
     @property
     def learned(self) -> bool:
-        return self.config.kind == "hypernetwork"
+        return self.config.learned
 
     def observe(self, signals: Signals) -> None:
         """Update the running statistics with one edit's signals."""
