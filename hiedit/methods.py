@@ -16,6 +16,7 @@ from torch import Tensor
 from hiedit.backbone.model import Backbone
 from hiedit.config import MethodConfig, TrainConfig, from_mapping
 from hiedit.data.neutral import NEUTRAL
+from hiedit.durable import replacing, write_text
 from hiedit.knowledge.fitting import (
     fit_power,
     fit_protection,
@@ -191,12 +192,11 @@ def write_editor(
 ) -> Path:
     """``save_editor`` for whoever has the tensors (``editor_tensors``) and not the model."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / ".editor.safetensors.tmp"
-    save_file(dict(tensors), temporary)
-    temporary.replace(directory / "editor.safetensors")
     about = {"format": 1, "modules": list(modules), "method": dataclasses.asdict(config)}
-    (directory / "method.json").write_text(json.dumps(about, indent=1) + "\n")
+    (directory / "method.json").unlink(missing_ok=True)  # it is never beside others' tensors
+    with replacing(directory / "editor.safetensors") as temporary:
+        save_file(dict(tensors), temporary)
+    write_text(directory / "method.json", json.dumps(about, indent=1) + "\n")
     return directory
 
 

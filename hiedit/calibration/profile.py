@@ -6,18 +6,15 @@ LEDGER/calibration.json                a copy beside the edits that were made by
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from hiedit.durable import sync
+from hiedit.durable import write_text
 from hiedit.models import cache_dir
 
 FORMAT = 1
@@ -117,23 +114,7 @@ def cached(fingerprint: str) -> Calibration | None:
 
 def write(calibration: Calibration, path: str | Path) -> Path:
     """Puts ``calibration`` at ``path``; another process sees all of it or what was there before."""
-    path = Path(path).expanduser()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}-", dir=path.parent)
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(calibration.as_json())
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    sync(path.parent)
-    return path
+    return write_text(Path(path).expanduser(), calibration.as_json())
 
 
 def read(path: str | Path) -> Calibration:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from hiedit.compare.config import HeterogeneousConfig
 from hiedit.config import MethodConfig, TrainConfig
-from hiedit.durable import sync
+from hiedit.durable import write_text
 from hiedit.evaluation.results import plain
 from hiedit.provenance import digest
 from hiedit.runconfig import ModelConfig
@@ -118,16 +117,7 @@ def read_cell(run_dir: str | Path, cell: Cell) -> dict[str, Any] | None:
 
 
 def write_cell(run_dir: str | Path, cell: Cell, result: dict[str, Any]) -> Path:
-    """Whole or not at all: written beside its place, synced and renamed into it."""
-    path = cell_path(run_dir, cell)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    """Put the cell's result into its file, whole or not at all."""
     content = {"label": cell.label, "cell": plain(cell.determined_by()), "result": plain(result)}
-    try:
-        temporary.write_text(json.dumps(content, allow_nan=False) + "\n", encoding="utf-8")
-        sync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
-    return path
+    text = json.dumps(content, allow_nan=False) + "\n"
+    return write_text(cell_path(run_dir, cell), text)

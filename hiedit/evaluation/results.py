@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from hiedit.durable import sync
+from hiedit.durable import write_text
 from hiedit.evaluation.scores import METRICS, SCORES, Scores, number
 
 RESULTS, DETAILS = "results.json", "details.json"
@@ -276,18 +276,8 @@ def _read_list(path: Path) -> list[dict[str, Any]]:
 
 
 def _replace(path: Path, data: Any) -> None:
-    """Write ``data`` as JSON to a neighbour of ``path``, then rename it over ``path``."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "w", encoding="utf-8") as file:
-            json.dump(data, file, indent=1, allow_nan=False)  # ASCII: any string can be written
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    sync(path.parent)
+    """Write ``data`` as JSON, in ASCII: any string can be written."""
+    write_text(path, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 
 @contextlib.contextmanager

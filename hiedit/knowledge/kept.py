@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from hiedit.backbone.model import Backbone
+from hiedit.durable import replacing
 from hiedit.models.cache import cache_dir
 from hiedit.models.identity import fingerprint
 
@@ -70,8 +70,5 @@ def _read(path: Path, needs: Collection[str]) -> Parts | None:
 
 
 def _write(path: Path, parts: Parts) -> None:
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    with contextlib.suppress(OSError, SafetensorError):
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(OSError, SafetensorError), replacing(path) as temporary:
         save_file({n: t.contiguous().cpu() for n, t in parts.items()}, temporary)
-        os.replace(temporary, path)

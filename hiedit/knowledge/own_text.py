@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 from collections.abc import Callable
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 from transformers import GenerationConfig
 
 from hiedit.backbone.model import Backbone
+from hiedit.durable import write_text
 from hiedit.knowledge.kept import worth_keeping
 from hiedit.models.cache import cache_dir
 from hiedit.models.identity import fingerprint
@@ -56,11 +56,8 @@ def _kept(backbone: Backbone, name: str, count: int, seed: int, tell: Tell) -> t
         return tuple((str(a), str(b)) for a, b in json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         found = _written(backbone, count, seed, tell)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with contextlib.suppress(OSError):  # it only saves time
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(found), encoding="utf-8")
-        os.replace(temporary, path)
+        write_text(path, json.dumps(found))
     return found
 
 

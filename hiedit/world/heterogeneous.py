@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from hiedit.durable import write_text
 from hiedit.types import EditRequest, Locality
 from hiedit.world.corpus import Sentences, heldout_prompt, seen_prompts, sentences, tokenise
 from hiedit.world.facts import Fact
@@ -209,9 +210,7 @@ def build_heterogeneous(
         "loss": work.losses,
         "recall": recall,
     }
-    text = json.dumps(about, indent=1) + "\n"
-    (directory / ".heterogeneous.json.tmp").write_text(text, encoding="utf-8")
-    (directory / ".heterogeneous.json.tmp").replace(directory / "heterogeneous.json")
+    write_text(directory / "heterogeneous.json", json.dumps(about, indent=1) + "\n")
     return about
 
 
