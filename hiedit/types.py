@@ -9,10 +9,9 @@ Shape letters, used everywhere: ``E`` edits in a batch, ``T`` edit tokens, ``L``
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
-import torch
 from torch import Tensor
 
 IGNORE = -100  # label of a position that carries no loss, as everywhere in transformers
@@ -95,10 +94,11 @@ class TokenBatch:
 
 @dataclass(frozen=True)
 class EditBatch:
-    """The requests of one step of a stream (``E`` of them), in order of arrival."""
+    """The requests of one step of a stream (``E`` of them), in order of arrival; first: how many
+    of the stream came before them."""
 
     requests: tuple[EditRequest, ...]
-    step: int = 0
+    first: int = 0
 
     def __len__(self) -> int:
         return len(self.requests)
@@ -203,13 +203,3 @@ class Reward:
     locality: Tensor
     size: Tensor
     extra: Mapping[str, float] = field(default_factory=dict)
-
-
-def stack_requests(requests: Sequence[EditRequest], step: int = 0) -> EditBatch:
-    """An EditBatch of ``requests``."""
-    return EditBatch(tuple(requests), step)
-
-
-def no_grad_zero(device=None) -> Tensor:
-    """A scalar zero, for reward terms that are switched off."""
-    return torch.zeros((), device=device)

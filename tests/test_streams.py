@@ -20,7 +20,7 @@ def test_batches_cover_the_stream_in_order_and_the_last_may_be_short():
     stream = EditStream(make(10), StreamConfig(length=7, n_edits=3))
     batches = list(stream)
     assert [len(batch) for batch in batches] == [3, 3, 1] and len(stream) == 3
-    assert [batch.step for batch in batches] == [0, 1, 2]
+    assert [batch.first for batch in batches] == [0, 3, 6]
     assert sum((batch.requests for batch in batches), ()) == stream.requests
     assert stream.edits == 7 and stream[-1] == batches[2]
     assert list(stream) == batches  # a second walk sees the same
@@ -102,7 +102,7 @@ def test_resuming_goes_on_where_the_state_was_taken():
     stream = EditStream(rows, StreamConfig(n_edits=3, seed=5))
     whole = list(stream)
     for batch in stream:
-        if batch.step == 1:
+        if batch.first == 3:
             break
     state = json.loads(json.dumps(stream.state()))
     rest = EditStream.from_state(rows, state)

@@ -133,7 +133,7 @@ def test_streams_grow_and_the_last_length_repeats(n_edits):
     seen = 0
     for at, (stream, batch, begins) in enumerate(steps):
         assert begins == (at == 0 or steps[at - 1][0] != stream)
-        assert batch.step == seen
+        assert batch.first == seen
         seen += len(batch)
 
 

@@ -106,7 +106,7 @@ class EditStream:
             raise IndexError(f"step {step}: the stream has {steps}")
         step %= steps
         size = self.config.n_edits
-        return EditBatch(self.requests[step * size : (step + 1) * size], step)
+        return EditBatch(self.requests[step * size : (step + 1) * size], step * size)
 
     def __iter__(self) -> Iterator[EditBatch]:
         for step in range(self.start, len(self)):

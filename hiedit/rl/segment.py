@@ -117,7 +117,7 @@ def train_edit(
     objective.remember(batch)
     count = len(rewards) or float("nan")  # an edit that held from the start has no reward
     return TrainStep(
-        edit=batch.step + len(batch),
+        edit=batch.first + len(batch),
         stream=stream,
         loss=sum(float(r.loss.detach()) for r in rewards) / count,
         paraphrase=sum(float(r.edit) for r in rewards) / count,
