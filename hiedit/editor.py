@@ -354,7 +354,7 @@ def _training_free(method: str):
     config = load_method(method)
     if config.trains:
         raise ValueError(
-            f"method={method!r} has to be trained first (python launch/train.py method={method}); "
+            f"method={method!r} has to be trained first (hiedit train method={method}); "
             "then give the directory of the trained editor as policy=RUN_DIR/editors/..."
         )
     return config

@@ -162,7 +162,7 @@ class RunConfig:
     """Everything a run is made from; ``run_dir`` receives results.json, plots and the editor.
 
     threads: of torch; 0 leaves its default. resume: continue training from the newest checkpoint
-    in ``run_dir`` (``launch/train.py resume=RUN_DIR`` sets it, and everything else as it was).
+    in ``run_dir`` (``hiedit train resume=RUN_DIR`` sets it, and everything else as it was).
     calibrate: where no modules are named, those of the model's calibration are edited, which is
     measured where it is not kept; false: a stated default.
     """

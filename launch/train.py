@@ -19,63 +19,12 @@ from __future__ import annotations
 
 import sys
 
-MISSING = "launch/train.py needs {name}: pip install 'hiedit[cli]'"
-
 
 def main() -> int:
-    """Check the overrides as one, then hand over to Hydra; returns the exit status."""
-    try:
-        import hydra
-        from omegaconf import DictConfig, OmegaConf
-    except ImportError as error:
-        print(MISSING.format(name=error.name), file=sys.stderr)
-        return 2
+    """`hiedit train` as a script; returns the exit status."""
+    from hiedit.cli.train import train
 
-    from hiedit.catalogue import config_dir
-    from hiedit.compose import compose, register_schema
-    from hiedit.config import from_mapping
-    from hiedit.parallel import WorkerDied
-    from hiedit.rl.checkpoint import Interrupted
-    from hiedit.run import read_config, run
-    from hiedit.runconfig import RunConfig
-
-    flags = [a for a in sys.argv[1:] if a.startswith("-")]
-    resume = [a.removeprefix("resume=") for a in sys.argv[1:] if a.startswith("resume=")]
-    failed, status = [], 2
-
-    def attempt(config: RunConfig) -> None:
-        nonlocal status
-        try:
-            run(config)
-        except (ValueError, ImportError, FileNotFoundError, WorkerDied) as error:
-            failed.append(str(error))
-        except Interrupted as error:
-            failed.append(f"{error}; go on with: python launch/train.py resume={config.run_dir}")
-            status = 128 + error.number
-
-    @hydra.main(version_base="1.3", config_path=str(config_dir()), config_name="config")
-    def job(config: DictConfig) -> None:
-        try:
-            checked = from_mapping(RunConfig, OmegaConf.to_container(config, resolve=True))
-        except ValueError as error:
-            failed.append(str(error))
-        else:
-            attempt(checked)
-
-    register_schema()
-    try:
-        if resume and len(sys.argv) > 2:
-            raise ValueError(f"resume={resume[0]} goes on with the settings it had: give it alone")
-        config = read_config(resume[0]) if resume else None
-        if not (resume or flags):
-            compose(sys.argv[1:])
-    except ValueError as error:
-        failed.append(str(error))
-    if not failed:
-        job() if config is None else attempt(config)
-    for message in failed:
-        print(f"error: {message}", file=sys.stderr)
-    return status if failed else 0
+    return train(sys.argv[1:], "python launch/train.py")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 
@@ -16,6 +17,8 @@ from typer.testing import CliRunner  # noqa: E402
 
 from hiedit import experiment, run  # noqa: E402
 from hiedit.cli import app  # noqa: E402
+from hiedit.evaluation.results import MethodResult, write_results  # noqa: E402
+from hiedit.evaluation.scores import Scores  # noqa: E402
 from hiedit.parallel import WorkerDied  # noqa: E402
 
 ROW = {"prompt": "The capital of France is", "target": "Lyon", "locality": ["Spain's capital is"]}
@@ -48,7 +51,7 @@ def mistake(result, *parts: str) -> str:
 @pytest.mark.parametrize(
     ("command", "parts"),
     [
-        ([], ["demo", "evaluate", "doctor", "world", "launch/train.py"]),
+        ([], ["demo", "evaluate", "doctor", "world", "hiedit train", "compare"]),
         (["demo"], ["SmolLM2-135M", "embedded world", "--edits", "--methods", "--jobs", "200"]),
         (["evaluate"], ["--model", "--dataset", "--skip-bad-rows", "training-free", "closed-form"]),
         (["doctor"], ["what to do about what is missing"]),
@@ -71,7 +74,7 @@ def test_doctor_reports_and_says_whether_all_is_well(call):
     ("arguments", "parts"),
     [
         (["--method", "closd-form"], ["method='closd-form'", "did you mean 'closed-form'"]),
-        (["--method", "hiedit"], ["has to be trained first", "launch/train.py method=hiedit"]),
+        (["--method", "hiedit"], ["has to be trained first", "hiedit train method=hiedit"]),
         (["--method", "some/where"], ["some/where", "neither"]),
         (["--method", "mine.yaml"], ["mine.yaml", "no such file"]),
         (["--dataset", "nothing.json"], ["nothing.json", "no such file"]),
@@ -145,3 +148,31 @@ def test_train_py_refuses_an_unknown_key(root, tmp_path):
     assert done.returncode == 2, done.stderr
     assert done.stderr == "error: stream.lenth=3: no such key; did you mean stream.length?\n"
     assert not list(tmp_path.iterdir())
+
+
+def test_runs_are_compared_in_one_table(call, tmp_path):
+    scores = Scores(ES=0.5, GS=0.25, LS=1.0)
+    for name, stream in (("one", "a"), ("two", "a"), ("other", "b")):
+        result = MethodResult(name, 0, 10, scores, layers_per_edit=2.0, stream=stream)
+        write_results(tmp_path / name, [result])
+    told = call("compare", str(tmp_path / "one"), str(tmp_path / "two" / "results.json"))
+    assert told.exit_code == 0 and "different streams" not in told.stderr
+    assert re.search(r"one +50\.0 +25\.0 +100\.0", told.output) and "two" in told.output
+    told = call("compare", str(tmp_path / "one"), str(tmp_path / "other"))
+    assert "edited 2 different streams" in told.stderr
+    none = call("compare", tmp_path / "none")
+    mistake(none, "none: no run with results", "details.json is missing")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["method=closd-form"], "did you mean 'closed-form'"),
+        (["stream.lenght=3"], "did you mean stream.length?"),
+        (["resume=nowhere"], "resume='nowhere': there is no run"),
+        (["resume=nowhere", "seed=1"], "give it alone"),
+    ],
+)
+def test_training_says_what_is_wrong_before_it_begins(call, arguments, said):
+    told = call("train", *arguments)
+    assert told.exit_code == 2 and said in told.stderr and "Traceback" not in told.output

@@ -1,6 +1,7 @@
 """`hiedit`: the command line. Every command is a thin shell over a room of the library.
 
-shared: what the commands have in common. runs: training and measuring. plan: what a run needs.
+shared: what the commands have in common. train: training, comparing runs. runs: the demo,
+measuring. plan: what a run needs.
 edits: editing a model of one's own, with input and reports. ledgers: looking at edits, taking them
 back, handing them on. models: which there are, and bringing one here. calibrate: measuring one.
 """
@@ -19,6 +20,7 @@ from hiedit.cli import (  # noqa: E402, F401  (they add their commands)
     models,
     plan,
     runs,
+    train,
 )
 from hiedit.cli.shared import app  # noqa: E402
 

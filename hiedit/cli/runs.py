@@ -159,7 +159,7 @@ def evaluate(
     chosen = None if editor else load_method(method)
     if chosen is not None and chosen.trains:
         raise ValueError(
-            f"--method={method}: it has to be trained first (python launch/train.py "
+            f"--method={method}: it has to be trained first (hiedit train "
             f"method={method}); then give its directory, RUN_DIR/editors/{method}"
         )
     config = compose([f"stream.length={edits}", f"stream.n_edits={n_edits}", f"run_dir={run_dir}"])

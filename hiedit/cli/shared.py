@@ -14,7 +14,7 @@ from hiedit.parallel import WorkerDied
 
 app = typer.Typer(
     help="Lifelong model editing: correct facts in a language model, thousands of times.\n\n"
-    "Start with `hiedit demo`. Training: `python launch/train.py --help`.\n\n"
+    "Start with `hiedit demo`. Training: `hiedit train --help`.\n\n"
     "A model of your own: `hiedit edit`, then `history`, `revert`, `verify`, `export`.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,

@@ -271,5 +271,5 @@ class Controller:
         except RayActorError as error:
             raise WorkerDied(
                 "the learner died; continue from the last checkpoint "
-                f"(launch/train.py resume=RUN_DIR). {' '.join(str(error).split())[:300]}"
+                f"(hiedit train resume=RUN_DIR). {' '.join(str(error).split())[:300]}"
             ) from None
