@@ -1,7 +1,7 @@
 """A whole run as its users see it: progress, tracking, results.json, plots, table, the editors.
 
 driver:  config -> tasks (a method each) -> jobs -> results.json, plots, MLflow, table
-         with Ray: first model, records -> build, train on all workers -> an editor for its task
+         where training is handed in: first model, records -> train -> an editor for its task
 job:     model, records, stream (once per process) -> build, train, edit, measure -> result
 """
 
@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
 
@@ -33,10 +34,9 @@ from hiedit.experiment import (
     load_backbone,
     load_data,
     run_method,
-    train_method,
 )
 from hiedit.known import asked
-from hiedit.methods import Method, load_editor, read_editor, save_editor
+from hiedit.methods import load_editor, read_editor, save_editor
 from hiedit.parallel import cores, run_jobs
 from hiedit.progress import Progress, Update
 from hiedit.rl.checkpoint import Checkpoints, interruptible
@@ -57,6 +57,16 @@ class Metrics:
 
 
 Send = Callable[[Update | Metrics], None]
+History = list[TrainStep]
+TrainAll = Callable[[RunConfig, Sequence[MethodConfig], Send], dict[str, tuple[float, History]]]
+
+
+class Executor(Protocol):
+    """Does one method (or evaluates one trained editor) from start to end."""
+
+    def __call__(
+        self, config: RunConfig, method: MethodConfig | None, editor: str | None, send: Send
+    ) -> tuple[MethodResult, History]: ...
 
 
 def run(
@@ -65,33 +75,28 @@ def run(
     *,
     editor: str | None = None,
     jobs: int = 1,
-    task: Callable | None = None,
+    task: Executor | None = None,
+    train: TrainAll | None = None,
 ) -> list[MethodResult]:
     """Train and evaluate ``config.method`` (or each of ``methods``, ``jobs`` at a time) on one
     stream; print and save. ``editor`` is the directory of a trained editor to evaluate instead.
-    ``task`` does one method in place of ``run_task``, in this process.
-
-    On Ray the methods are trained one after the other, each by all workers, and then evaluated,
-    ``jobs`` at a time; where a worker is a group of ranks, by the first group, see
-    ``hiedit.distributed.grouped``.
+    ``task`` does one method in place of ``run_task``, in this process; ``train`` trains those that
+    learn before any is evaluated. ``hiedit.distributed.executors`` chooses them by the config.
 
     Raises:
-        ValueError: on a user's mistake, before any expensive work.
+        ValueError: on a user's mistake, before any expensive work; for a run on Ray without either.
         Interrupted: after SIGINT or SIGTERM; no process stays.
     """
     start = time.perf_counter()
-    if config.distribution.grouped and task is None and not editor:
-        from hiedit.distributed.grouped import run_grouped
-
-        return run_grouped(config, methods)
     methods = [None] if editor else list(methods) or [config.method]
     out = Path(config.run_dir)
-    on_ray = config.distribution.kind == "ray" and task is None
-    rays = [m for m in methods if m and on_ray and learns(config, m)]
-    if rays:
-        from hiedit.distributed import require_ray
-
-        require_ray()
+    ahead = [m for m in methods if m and task is None and learns(config, m)]
+    if ahead and train is None and config.distribution.kind == "ray":
+        raise ValueError(
+            "distribution.kind=ray: hiedit.distributed.executors.execute runs it; this call trains "
+            "in its own process (kind=local)"
+        )
+    ahead = ahead if train is not None else []
     if task is None:  # which every rank has to do alike
         config = named_already(config, editor)
     _check(config, out, editor)
@@ -116,8 +121,9 @@ def run(
                 else:
                     tracker.metrics(message.edit, message.values, method=message.method)
 
-            trained = train_on_ray(config, rays, receive) if rays else {}
-            tasks = [(config, m, editor_place(config, m) if m in rays else editor) for m in methods]
+            trained = train(config, ahead, receive) if ahead else {}
+            places = [editor_place(config, m) if m in ahead else editor for m in methods]
+            tasks = [(config, m, place) for m, place in zip(methods, places, strict=True)]
             done = _longest_first(config, task or run_task, tasks, jobs, receive)
         results, histories = _joined(done, trained)
         paths = _save(out, config, results, histories)
@@ -167,45 +173,6 @@ def run_task(
     )
     send(Update(name, "done", 1, 1))
     return result, history
-
-
-def train_on_ray(
-    config: RunConfig, methods: Sequence[MethodConfig], send: Send
-) -> dict[str, tuple[float, list[TrainStep]]]:
-    """Train each of ``methods`` with all workers and save its editor in the run's directory.
-
-    Returns by name (seconds, history).
-    """
-    from hiedit.distributed.session import session
-
-    with session(config.distribution):
-        return {method.name: _train_one(config, method, send) for method in methods}
-
-
-def _train_one(
-    config: RunConfig, method: MethodConfig, send: Send
-) -> tuple[float, list[TrainStep]]:
-    from hiedit.distributed.trainer import RayTrainer
-
-    start, name = time.perf_counter(), method.name
-    send(Update(name, "load"))
-    backbone, data = _loaded(*_keys(config))
-    trainer = None
-
-    def make(parts: Method) -> RayTrainer:
-        nonlocal trainer
-        trainer = RayTrainer(parts, config.model, config.distribution, on_version)
-        return trainer
-
-    def on_version(steps: list[TrainStep]) -> None:
-        send(of_version(name, steps, trainer.status()))
-
-    hooks = hooks_of(config, name, send, lambda: trainer.status())
-    checkpoints = checkpoints_of(config, method)
-    _, history = train_method(
-        backbone, data, method, config.train, config.seed, hooks, make, checkpoints
-    )
-    return time.perf_counter() - start, history
 
 
 def hooks_of(
@@ -311,6 +278,11 @@ def _loaded(model: str, dataset: str, stream: str, seed: int) -> tuple[Backbone,
 def _probe(*keys, batch: int) -> StreamProbe:
     backbone, data = _loaded(*keys)
     return StreamProbe(backbone, data.stream, batch)
+
+
+def loaded(config: RunConfig) -> tuple[Backbone, Data]:
+    """Model and records, kept for the next method of this process."""
+    return _loaded(*_keys(config))
 
 
 def _keys(config: RunConfig) -> tuple:

@@ -285,8 +285,11 @@ def test_too_little_room_is_an_error(cluster, base, requests):
 def test_without_ray_there_is_a_remedy_and_no_model(monkeypatch, tmp_path):
     from hiedit import distributed
     from hiedit import run as running
+    from hiedit.distributed.executors import execute
 
     monkeypatch.setattr(distributed.importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(running, "load_backbone", None)
     with pytest.raises(ImportError, match=r"pip install 'hiedit\[ray\]'"):
+        execute(quick_run(tmp_path, distribution=TWO), [quick("hiedit")])
+    with pytest.raises(ValueError, match="distribution.kind=ray: hiedit.distributed.executors"):
         running.run(quick_run(tmp_path, distribution=TWO), [quick("hiedit")])

@@ -20,6 +20,7 @@ from worlds import quick, quick_run, same
 
 from hiedit.config import EvaluateConfig, TrainConfig
 from hiedit.data.stream import StreamConfig
+from hiedit.distributed.executors import execute
 from hiedit.run import run
 from hiedit.runconfig import DistributionConfig
 
@@ -128,10 +129,10 @@ def test_a_group_learns_and_measures_what_one_process_does(grouped, local):
 def test_too_little_room_for_groups(cluster, tmp_path):
     config = dataclasses.replace(PAIR, workers=3)
     with pytest.raises(ValueError, match="workers=3 of 2 ranks .* need 6 CPU: the cluster has 5"):
-        run(settings(tmp_path, distribution=config), [quick("hiedit")])
+        execute(settings(tmp_path, distribution=config), [quick("hiedit")])
 
 
 def test_without_deepspeed_there_is_a_remedy_and_no_group(monkeypatch, tmp_path):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: name == "ray" or None)
     with pytest.raises(ImportError, match=r"pip install 'hiedit\[deepspeed\]'"):
-        run(settings(tmp_path, distribution=PAIR), [quick("hiedit")])
+        execute(settings(tmp_path, distribution=PAIR), [quick("hiedit")])

@@ -72,7 +72,7 @@ def demo(
     """
     from hiedit.catalogue import load_method
     from hiedit.demo import quicker, real_config, world_config
-    from hiedit.run import run
+    from hiedit.distributed.executors import execute
 
     names = (methods or ",".join(WORLD_METHODS if world else REAL_METHODS)).split(",")
     chosen = [load_method(name.strip()) for name in names if name.strip()]
@@ -92,7 +92,7 @@ def demo(
     else:
         config = real_config(model, length, training, seed, place, tracking)
         chosen = [quicker(method) for method in chosen]
-    run(config, chosen, jobs=jobs)
+    execute(config, chosen, jobs=jobs)
 
 
 def _on_ray(workers: int | None) -> list[str]:
@@ -151,8 +151,8 @@ def evaluate(
     """Edit a lifelong stream with a method and measure ES, GS, LS and retention."""
     from hiedit.catalogue import configured_model, load_method
     from hiedit.compose import compose
+    from hiedit.distributed.executors import execute
     from hiedit.experiment import is_editor
-    from hiedit.run import run
     from hiedit.runconfig import DatasetConfig, ModelConfig
 
     editor = method if is_editor(method) else None
@@ -176,7 +176,7 @@ def evaluate(
         seed=seed,
         calibrate=calibrate,
     )
-    run(config, [chosen] if chosen else [], editor=editor)
+    execute(config, [chosen] if chosen else [], editor=editor)
 
 
 @app.command()

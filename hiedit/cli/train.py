@@ -139,12 +139,12 @@ def _checked(arguments: Sequence[str]):
 
 def _attempt(config, program: str) -> list[tuple[str, int]]:
     """What went wrong, with the exit status; nothing where the run came to its end."""
+    from hiedit.distributed.executors import execute
     from hiedit.parallel import WorkerDied
     from hiedit.rl.checkpoint import Interrupted
-    from hiedit.run import run
 
     try:
-        run(config)
+        execute(config)
     except (ValueError, ImportError, FileNotFoundError, WorkerDied) as error:
         return [(str(error), 2)]
     except Interrupted as error:
