@@ -17,6 +17,7 @@ from typer.testing import CliRunner  # noqa: E402
 
 from hiedit import experiment, run  # noqa: E402
 from hiedit.cli import app  # noqa: E402
+from hiedit.distributed import executors  # noqa: E402
 from hiedit.evaluation.results import MethodResult, write_results  # noqa: E402
 from hiedit.evaluation.scores import Scores  # noqa: E402
 from hiedit.parallel import WorkerDied  # noqa: E402
@@ -135,7 +136,7 @@ def test_a_killed_worker_is_one_line(call, monkeypatch):
     def killed(*_, **__):
         raise WorkerDied("one of 2 processes was killed")
 
-    monkeypatch.setattr(run, "run", killed)
+    monkeypatch.setattr(executors, "execute", killed)
     assert mistake(call("demo", "--world"), "was killed").count("\n") == 0
 
 
