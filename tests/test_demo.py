@@ -203,10 +203,12 @@ def test_mistakes(call, tmp_path, monkeypatch):
 
 
 def test_with_world_it_is_the_demo_of_the_world(call, monkeypatch):
-    from hiedit import run
+    from hiedit.distributed import executors
 
     given = []
-    monkeypatch.setattr(run, "run", lambda config, methods, jobs: given.append((config, methods)))
+    monkeypatch.setattr(
+        executors, "execute", lambda config, methods, jobs: given.append((config, methods))
+    )
     assert call("--world", "--workers", 0, "--edits", 7).exit_code == 0
     config, methods = given[0]
     assert (config.model.path, config.dataset.path, config.stream.length) == ("world", "world", 7)
