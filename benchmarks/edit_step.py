@@ -36,8 +36,9 @@ from benchmarks.published_edit import DenseProtected, PublishedEditor  # noqa: E
 from benchmarks.timing import alternate, machine, medians, options, prepared, table  # noqa: E402
 from benchmarks.train_step import as_request, word_tokenizer  # noqa: E402
 from hiedit.backbone.model import Backbone  # noqa: E402
+from hiedit.catalogue import load_method  # noqa: E402
 from hiedit.config import MethodConfig, PassesConfig, UpdaterConfig  # noqa: E402
-from hiedit.methods import build_method, load_method  # noqa: E402
+from hiedit.methods import build_method  # noqa: E402
 from hiedit.types import EditBatch  # noqa: E402
 
 WARMUP = 2  # steps before the clock

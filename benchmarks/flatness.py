@@ -34,10 +34,11 @@ from benchmarks.models import mlp_inputs, random_edits, random_llama  # noqa: E4
 from benchmarks.timing import alternate, machine, options, prepared, seconds, table  # noqa: E402
 from benchmarks.train_step import as_request, word_tokenizer  # noqa: E402
 from hiedit.backbone.model import Backbone  # noqa: E402
+from hiedit.catalogue import load_method  # noqa: E402
 from hiedit.config import MethodConfig, PassesConfig  # noqa: E402
 from hiedit.editor import Editor  # noqa: E402
 from hiedit.ledger.state import DeltaState  # noqa: E402
-from hiedit.methods import build_method, load_method  # noqa: E402
+from hiedit.methods import build_method  # noqa: E402
 from hiedit.types import EditBatch, EditRequest, Shifts  # noqa: E402
 
 VOCAB, LAYERS, PASSES = 500, 8, 2

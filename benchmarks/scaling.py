@@ -32,13 +32,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.scaling_model import WORKERS, Inputs, rows  # noqa: E402
 from benchmarks.timing import machine, options, prepared, table  # noqa: E402
+from hiedit.catalogue import load_method  # noqa: E402
 from hiedit.config import TrainConfig  # noqa: E402
 from hiedit.distributed import require_ray  # noqa: E402
 from hiedit.distributed.session import session  # noqa: E402
 from hiedit.distributed.trainer import RayTrainer  # noqa: E402
 from hiedit.distributed.worker import RolloutWorker  # noqa: E402
 from hiedit.experiment import load_backbone, load_data  # noqa: E402
-from hiedit.methods import build_method, load_method  # noqa: E402
+from hiedit.methods import build_method  # noqa: E402
 from hiedit.rl.objective import Objective  # noqa: E402
 from hiedit.rl.observed import learned_state  # noqa: E402
 from hiedit.rl.segment import Trajectory  # noqa: E402

@@ -34,8 +34,9 @@ from benchmarks.memory import forget_peak, resident  # noqa: E402
 from benchmarks.models import mlp_inputs, random_edits, random_llama  # noqa: E402
 from benchmarks.timing import table  # noqa: E402
 from benchmarks.train_step import as_request, word_tokenizer  # noqa: E402
+from hiedit.catalogue import load_method  # noqa: E402
 from hiedit.config import TrainConfig  # noqa: E402
-from hiedit.methods import build_method, load_method  # noqa: E402
+from hiedit.methods import build_method  # noqa: E402
 from hiedit.plan.plan import Machines, Plan, facts_of  # noqa: E402
 from hiedit.plan.plan import plan as planned  # noqa: E402
 from hiedit.runconfig import ModelConfig  # noqa: E402

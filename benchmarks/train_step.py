@@ -27,9 +27,10 @@ from benchmarks.models import TokenisedEdit, mlp_inputs, random_edits, random_ll
 from benchmarks.published import PublishedTrainer  # noqa: E402
 from hiedit.backbone.model import Backbone  # noqa: E402
 from hiedit.backbone.signals import Probe  # noqa: E402
+from hiedit.catalogue import load_method  # noqa: E402
 from hiedit.config import TrainConfig  # noqa: E402
 from hiedit.data.tokens import encode  # noqa: E402
-from hiedit.methods import build_method, load_method  # noqa: E402
+from hiedit.methods import build_method  # noqa: E402
 from hiedit.types import IGNORE, EditBatch, EditRequest, Locality  # noqa: E402
 
 SOLVERS = {"outer": ("outer", "all", 2), "lstsq": ("least_squares", "answer", 4)}
