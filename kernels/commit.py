@@ -26,7 +26,7 @@ import triton.language as tl
 from hiedit_kernels.table import DTYPES, FIELDS, Table
 from torch import Tensor
 
-from hiedit.ledger.accumulate import Update
+from hiedit.ledger.update import Update
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)  # as Triton decided when it read this file
 

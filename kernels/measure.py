@@ -25,7 +25,8 @@ from hiedit_kernels import reference
 from torch import Tensor
 
 from hiedit.ledger import dispatch
-from hiedit.ledger.accumulate import Update, commit_, commit_group_
+from hiedit.ledger.accumulate import commit_, commit_group_
+from hiedit.ledger.update import Update
 
 
 def updates(count: int, out: int, inner: int, rank: int, device) -> list[Update]:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hiedit.ledger.accumulate import Update
+from hiedit.ledger.update import Update
 
 # Columns of the table. Addresses are those of flat position 0; of a shard they may lie before its
 # storage. left [R, r] and right [r, C] are the factors as the stored weight sees them: B and A, or

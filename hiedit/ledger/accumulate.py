@@ -20,35 +20,16 @@ weight as stored: [O, I] for ``nn.Linear``, [I, O] for ``Conv1D``.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from hiedit.ledger.dispatch import BACKENDS as BACKENDS
 from hiedit.ledger.dispatch import choose, launch
+from hiedit.ledger.update import Update as Update
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _CHUNK = 1 << 15  # elements at a time in the reference: its fp64 temporaries stay in the cache
-
-
-@dataclass(frozen=True)
-class Update:
-    """What a commit does to one module.
-
-    acc: fp32, contiguous: the whole weight ([O, I], or [I, O] for a Conv1D), or exactly the
-        elements of a flat range, as a ZeRO shard holds them.
-    A: [r, I], B: [O, r], scale: [r] or None for all ones; fp32, or bf16 or fp16 (widened exactly).
-        None where nothing is accumulated.
-    weight, base: W and W_0, of one dtype, each like acc; None where nothing is rounded.
-    """
-
-    acc: Tensor
-    A: Tensor | None = None
-    B: Tensor | None = None
-    scale: Tensor | None = None
-    weight: Tensor | None = None
-    base: Tensor | None = None
 
 
 @torch.no_grad()

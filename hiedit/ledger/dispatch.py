@@ -18,15 +18,12 @@ import importlib
 import os
 from collections.abc import Sequence
 from types import ModuleType
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hiedit import extension
-
-if TYPE_CHECKING:
-    from hiedit.ledger.accumulate import Update
+from hiedit.ledger.update import Update
 
 BACKENDS = ("auto", "triton", "cuda", "cpp", "reference")
 _DTYPES = {"bf16": 0, "fp16": 1, "fp32": 2, None: -1}  # as csrc/commit.h numbers them
