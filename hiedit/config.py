@@ -128,7 +128,7 @@ class SelectorConfig:
 
 @dataclass(frozen=True)
 class Place:
-    """Where edits act on one model, for methods that leave it to the model.
+    """The place where edits act on one model, for methods that leave it to the model.
 
     tokens, contexts: as in ``UpdaterConfig``.
     """

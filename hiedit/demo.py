@@ -1,4 +1,4 @@
-"""What `hiedit demo` runs: a real model, or the embedded one.
+"""The runs of `hiedit demo`: on a real model, or on the embedded one.
 
     real:  the model is asked what it knows -> records -> methods side by side, one of them trained
     world: its own facts -> methods side by side, several trained

@@ -1,4 +1,4 @@
-"""What became of edit requests: at once, and after everything that came later."""
+"""Outcomes of edit requests: at once, and after everything that came later."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ COMMITTED, SKIPPED, REJECTED, PREDICTED = "committed", "skipped", "rejected", "p
 
 @dataclass(frozen=True)
 class Edited:
-    """What became of one request.
+    """The outcome of one request.
 
     status: ``committed``; ``skipped``, as the same edit is in effect; ``rejected``, see reasons;
     ``predicted`` by a dry run. id: in the ledger (of the earlier edit where skipped), else None.
@@ -45,9 +45,9 @@ class Edited:
 
 @dataclass(frozen=True)
 class Holding:
-    """Whether the edits in effect still hold. checked: how many. success_then, success_now: mean
-    share of their prompts answered as wanted, when committed and now. lost: ids of those that did
-    hold and no longer do."""
+    """A check that the edits in effect still hold. checked: how many. success_then, success_now:
+    mean share of their prompts answered as wanted, when committed and now. lost: ids of those that
+    did hold and no longer do."""
 
     checked: int
     success_then: float

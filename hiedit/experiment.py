@@ -54,8 +54,9 @@ class Data:
 
 @dataclass(frozen=True)
 class Hooks:
-    """Where a run reports its progress; every function may be left out. ``trained`` is given the
-    method between training and the stream, whose statistics are no part of a trained editor."""
+    """Functions that a run reports its progress to; every function may be left out. ``trained`` is
+    given the method between training and the stream, whose statistics are no part of a trained
+    editor."""
 
     train: Callable[[TrainStep, int], None] = lambda step, total: None
     edit: Callable[[int, int], None] = lambda done, total: None

@@ -18,7 +18,7 @@ REMEDY = (
 
 @dataclass(frozen=True)
 class Extension:
-    """What became of `hiedit._C`: ``reason`` is None where its operators can be called."""
+    """The state of `hiedit._C`: ``reason`` is None where its operators can be called."""
 
     path: str | None
     reason: str | None

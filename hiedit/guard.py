@@ -1,4 +1,4 @@
-"""What an edit would do, measured before it is committed, and the limits that it must keep.
+"""Measuring what an edit would do before it is committed, and holding it to limits.
 
     Rollout.propose -> settle (watched tokens; halved where a bound is broken) -> predict
                     -> Guard.objections -> commit or drop
@@ -34,9 +34,9 @@ SCALES = {0.5: "half", 0.25: "a quarter", 0.125: "an eighth"}  # what is tried i
 
 @dataclass(frozen=True)
 class Verdict:
-    """What ``settle`` found. outcome: of the edit at the size ``scale`` that keeps the bounds, else
-    at its own. moved: what it does to the watched tokens, None where nothing was watched. reasons:
-    the bounds that it breaks, empty if it may be committed."""
+    """The findings of ``settle``. outcome: of the edit at the size ``scale`` that keeps the bounds,
+    else at its own. moved: what it does to the watched tokens, None where nothing was watched.
+    reasons: the bounds that it breaks, empty if it may be committed."""
 
     outcome: Outcome
     moved: Moved | None = None

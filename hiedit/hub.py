@@ -1,4 +1,5 @@
-"""Whether what has to be fetched can be: asked once and quickly, before anybody tries for long."""
+"""A check that what has to be fetched can be: asked once and quickly, before anybody tries for
+long."""
 
 from __future__ import annotations
 

@@ -16,7 +16,7 @@ WORLD_KL, WORLD_DRIFT = 0.1, 2.0
 
 @dataclass(frozen=True)
 class Moved:
-    """How far the watched tokens have moved, in nats per token (means over them).
+    """The distance that watched tokens have moved, in nats per token (means over them).
 
     kl: KL(present model || edited model). drift, before: KL(base model || edited model), and
     of the present model. changed: share of the watched tokens whose most likely choice is no longer

@@ -1,4 +1,4 @@
-"""From a method's configuration to its parts, ready to edit or to train."""
+"""Building a method's parts from its configuration, ready to edit or to train."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Update:
-    """Where one method stands: ``done`` of ``total`` edits (or another ``unit``) in ``stage``;
+    """The state of one method: ``done`` of ``total`` edits (or another ``unit``) in ``stage``;
     ``note`` in words."""
 
     method: str

@@ -1,4 +1,4 @@
-"""Where a run comes from, as flat text: versions, the commit, the configuration."""
+"""The origin of a run, as flat text: versions, the commit, the configuration."""
 
 from __future__ import annotations
 

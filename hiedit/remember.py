@@ -1,4 +1,4 @@
-"""What a method learns while it edits, kept in the ledger beside the edits.
+"""The memory of a method that edits, kept in the ledger beside the edits.
 
 Running statistics and protected keys are no part of the weights, but the next edit depends on
 them. They are copied into the ledger when an editor closes and from time to time; after a crash,

@@ -49,7 +49,7 @@ TRAIN_METRICS = ("loss", "paraphrase", "locality", "size", "layers", "passes")
 
 @dataclass(frozen=True)
 class Metrics:
-    """What the tracker is told of the training of ``method`` after ``edit`` edits."""
+    """Figures for the tracker of the training of ``method`` after ``edit`` edits."""
 
     method: str
     edit: int

@@ -89,7 +89,7 @@ class TrackingConfig:
 
 @dataclass(frozen=True)
 class DistributionConfig:
-    """Where training edits are run. ``local``: in this process. ``ray``: by ``workers`` rollout
+    """The place of training edits. ``local``: in this process. ``ray``: by ``workers`` rollout
     workers, each a lifelong trajectory of its own; ``train.edits`` counts the edits of all.
 
     mode: ``sync`` waits for every worker (the same numbers for the same seed and workers),

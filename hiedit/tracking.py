@@ -42,7 +42,8 @@ FLUSH_SECONDS = 10.0  # an aborted process loses at most this much of its curves
 
 
 class Tracker(Protocol):
-    """What a run tells about itself; a context manager. ``MlflowTracker`` has the details."""
+    """The account that a run gives of itself; a context manager. ``MlflowTracker`` has the
+    details."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, kind, error, trace) -> None: ...

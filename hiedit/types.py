@@ -106,7 +106,7 @@ class EditBatch:
 
 @dataclass(frozen=True)
 class Signals:
-    """What the edit looks like at every editable module.
+    """An edit as it looks at every editable module.
 
     keys: by module name, [T, I], the module's inputs at the edit tokens.
     grads: by module name, [T, O], gradient of the summed edit loss at the module's outputs.

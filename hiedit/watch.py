@@ -1,5 +1,5 @@
-"""What no edit should move: the model's own answers to everyday prompts, to prompts that were
-drawn, and its own texts, compared before an edit, with it, and with the unedited model.
+"""Watching what no edit should move: the model's own answers to everyday prompts, to prompts that
+were drawn, and its own texts, compared before an edit, with it, and with the unedited model.
 
     prompts -> own greedy answers of the base model -> one batch of tokens
     every edit: one forward pass -> KL from the present model, KL from the base model

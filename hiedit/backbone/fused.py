@@ -1,4 +1,4 @@
-"""What stands between the matrix products of a Llama-like layer, fused, on the CPU in fp32.
+"""Fused operators between the matrix products of a Llama-like layer, on the CPU in fp32.
 
 ``csrc/layers.cpp`` computes rotary attention over packed sequences, RMSNorm and SiLU * up, each
 with its gradient, in one pass over memory. The functions here bind it to autograd and, for the

@@ -1,4 +1,4 @@
-"""Which layers may be edited: names, patterns with ranges, or a stated default."""
+"""The layers that may be edited: names, patterns with ranges, or a stated default."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ SINK_DIRECTIONS = 16
 
 
 class KeyMoments(NamedTuple):
-    """What one module's keys are like on prompts to preserve, sinks apart.
+    """Statistics of one module's keys on prompts to preserve, sinks apart.
 
     moment: [I, I], mean of ``k k^T`` over the tokens counted that are no sinks. power: [], mean of
     ``|y|^2`` over the same. sinks: [s, I], an orthonormal basis of the sinks' keys, None where

@@ -29,7 +29,7 @@ SUPPORTED = ("LlamaForCausalLM", "MistralForCausalLM", "Qwen2ForCausalLM")
 
 
 class Packing:
-    """Where the tokens of a padded batch are.
+    """The places of a padded batch's tokens.
 
     where: bool [N, S], False at padding (on either side). index: int64 [T], the tokens' places in
     the flat padded batch.

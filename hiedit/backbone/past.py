@@ -22,7 +22,7 @@ from hiedit.types import TokenBatch
 
 
 class Past:
-    """What later passes over one batch take as given.
+    """The part of one batch that later passes take as given.
 
     batch: the whole sequences. first: int64 [N], the column from which on each is computed anew.
     rest: the batch with attention at the columns from ``first`` on alone. positions: [N, S].

@@ -1,4 +1,4 @@
-"""What a model tells of itself before it is edited: where an edit takes, at what price, how large a
+"""Measuring a model before it is edited: where an edit takes, at what price, how large a
 step may be. Measured once for a model and kept, instead of constants that fit another one.
 
     model -> sinks, single-module effects -> choose -> modules -> steps -> choose_step -> eta

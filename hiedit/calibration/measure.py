@@ -119,9 +119,9 @@ def calibrate(
 
 @dataclass(frozen=True, kw_only=True)
 class Given:
-    """What is measured with. updater: that makes the edits; requests: the edits; preserve: what the
-    protection is fitted on; contexts: what the edits are made behind; watched: unrelated prompts of
-    all edits."""
+    """The means of measuring. updater: that makes the edits; requests: the edits; preserve: what
+    the protection is fitted on; contexts: what the edits are made behind; watched: unrelated
+    prompts of all edits."""
 
     updater: UpdaterConfig
     requests: tuple[EditRequest, ...]

@@ -1,4 +1,4 @@
-"""What a calibration found, and the file that keeps it: JSON, written whole or not at all.
+"""A calibration's findings, and the file that keeps them: JSON, written whole or not at all.
 
 CACHE/calibration/FINGERPRINT.json     by model
 LEDGER/calibration.json                a copy beside the edits that were made by it
@@ -55,7 +55,7 @@ class StepProfile:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """What was measured on one model, and what follows.
+    """Measurements of one model, and what follows from them.
 
     model: its name, for people. fingerprint: see ``fingerprint``. modules: the chosen ones, in the
     model's order. eta: step of a protected closed-form edit, relative to a module's typical output.

@@ -1,4 +1,4 @@
-"""How what was measured decides: pure functions of the profiles."""
+"""Rules that decide by what was measured: pure functions of the profiles."""
 
 from __future__ import annotations
 

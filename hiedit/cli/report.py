@@ -1,4 +1,5 @@
-"""What became of the rows of `hiedit edit`: acknowledgements for programs, a report for people."""
+"""Reports of what became of `hiedit edit`'s rows: acknowledgements for programs, a report for
+people."""
 
 from __future__ import annotations
 

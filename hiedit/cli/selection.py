@@ -1,4 +1,4 @@
-"""Which edits a command means: ids, ranges, the newest, all since a date."""
+"""The edits that a command means: ids, ranges, the newest, all since a date."""
 
 from __future__ import annotations
 

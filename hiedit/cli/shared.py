@@ -1,4 +1,4 @@
-"""What the commands have in common: the application, options, how mistakes are told."""
+"""Parts that the commands have in common: the application, options, how mistakes are told."""
 
 from __future__ import annotations
 

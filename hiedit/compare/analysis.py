@@ -1,4 +1,4 @@
-"""What the cells say: rows, means with intervals, paired tests with Holm's correction, truth."""
+"""Findings of the cells: rows, means with intervals, paired tests with Holm's correction, truth."""
 
 from __future__ import annotations
 

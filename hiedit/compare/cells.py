@@ -20,7 +20,7 @@ FORMAT = 1  # of a cell's result and of what leads to it: a change runs all cell
 
 @dataclass(frozen=True)
 class Setup:
-    """What all cells of one world share. world: ``world`` or ``heterogeneous``."""
+    """The settings that all cells of one world share. world: ``world`` or ``heterogeneous``."""
 
     world: str
     model: ModelConfig

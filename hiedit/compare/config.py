@@ -1,4 +1,4 @@
-"""What an experiment compares, as typed configuration (configs/experiment/)."""
+"""The subject of an experiment, as typed configuration (configs/experiment/)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which cells an experiment consists of, and which settings its tuning chose."""
+"""The cells of an experiment, and the settings that its tuning chose."""
 
 from __future__ import annotations
 

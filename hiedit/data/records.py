@@ -27,7 +27,7 @@ SUFFIXES = (".json", ".jsonl", ".ndjson")
 
 @dataclass(frozen=True)
 class RowError:
-    """What is wrong with one field of one row.
+    """A problem with one field of one row.
 
     row: counted from 1; in JSON Lines the line of the file, otherwise the place in the list.
     field: dotted path, or "" where it concerns the row as a whole.

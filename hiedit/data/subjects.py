@@ -1,4 +1,4 @@
-"""Where a prompt names what it is about, for requests that do not say it.
+"""Finding what a prompt is about, for requests that do not say it.
 
 The subject is taken to be the most telling run of names: words that begin with a capital letter, a
 digit or a quotation mark, joined by the small words that stand inside names ("of", "the", "de").

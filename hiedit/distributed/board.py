@@ -1,4 +1,4 @@
-"""How far something in an actor has come, for whoever shows it. Imports nothing: its process is a
+"""Progress of something in an actor, for whoever shows it. Imports nothing: its process is a
 small one."""
 
 from __future__ import annotations

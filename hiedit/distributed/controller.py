@@ -42,7 +42,7 @@ LOOK = 0.2  # seconds between two looks at the clock and at signals
 
 @dataclass
 class Counts:
-    """What happened, for the display, the tracker and the tests.
+    """Counts of what happened, for the display, the tracker and the tests.
 
     version: of the learner. dropped: losses and gradients that were not finite. stale: gradients
     too old to be used; staleness: of the last one. faults: segments that had to be redone. workers:

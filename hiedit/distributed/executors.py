@@ -1,4 +1,4 @@
-"""Which executor a configuration asks for: this process, workers on Ray, or groups of ranks.
+"""The executor that a configuration asks for: this process, workers on Ray, or groups of ranks.
 
 ``hiedit.run.run`` knows none of them: it gets what trains, or what does a whole method, handed in.
 """

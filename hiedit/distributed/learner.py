@@ -1,4 +1,4 @@
-"""What runs inside the learner's actor: a plain class, made remote by the trainer, that turns
+"""The inside of the learner's actor: a plain class, made remote by the trainer, that turns
 packed arrays into calls of ``hiedit.rl.learner`` and back. It needs no model, and loads none."""
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from hiedit.updaters.updater import Updater
 
 @dataclass(frozen=True)
 class Setup:
-    """What an actor is made from.
+    """Everything that an actor is made from.
 
     names, groups: the editable modules, and the same by (I, O). train: with the edits of this
     worker alone. threads: of torch. gradient_dtype: in which gradients travel.
@@ -46,7 +46,7 @@ class Setup:
 
 @dataclass(frozen=True)
 class Update:
-    """What the controller reads of a learner's step: the number of the version, whether it is a
+    """A learner's step as the controller reads it: the number of the version, whether it is a
     new one, losses and gradients dropped so far, bytes of the version, seconds spent."""
 
     version: int

@@ -1,4 +1,4 @@
-"""What runs inside a rollout worker's actor: a plain class, made remote by the pool, that turns
+"""The inside of a rollout worker's actor: a plain class, made remote by the pool, that turns
 packed arrays into segments of a trajectory and back."""
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from hiedit.types import EditRequest
 
 @dataclass(frozen=True)
 class Report:
-    """What the controller reads of a segment; the tensors pass it by.
+    """A segment as the controller reads it; the tensors pass it by.
 
     steps: of its edits, as the worker counts them. before: the worker's edits before it. full: as
     many steps as a version takes; otherwise the worker's streams have ended. finite: its

@@ -1,4 +1,4 @@
-"""How well a model reads plain text: its perplexity."""
+"""Perplexity: how well a model reads plain text."""
 
 from __future__ import annotations
 

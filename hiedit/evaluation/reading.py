@@ -1,4 +1,4 @@
-"""What a model predicts along given token sequences, with as few forward passes as that takes.
+"""Predictions of a model along given token sequences, with as few forward passes as that takes.
 
 Answers to one prompt share it: a causal model that is given the longest sequence has been given
 all that it begins with. So sequences that are the beginning of others cost nothing, and after a

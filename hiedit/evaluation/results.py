@@ -1,4 +1,4 @@
-"""What an evaluation found: dataclasses, and the files that hold them.
+"""Results of an evaluation: dataclasses, and the files that hold them.
 
     run directory
         results.json   a list of flat rows, one per method, seed and stream length (``row()``)
@@ -57,7 +57,7 @@ class Example:
 
 @dataclass(frozen=True)
 class Said:
-    """What the model goes on with after an everyday prompt, before and after the whole stream."""
+    """Continuations of an everyday prompt by the model, before and after the whole stream."""
 
     prompt: str
     before: str

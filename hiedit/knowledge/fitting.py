@@ -1,4 +1,4 @@
-"""What a method's updater is fitted on before its first edit: protection, curvature, typical
+"""Fitting a method's updater before its first edit: protection, curvature, typical
 outputs."""
 
 from __future__ import annotations

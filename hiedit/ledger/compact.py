@@ -21,7 +21,7 @@ PACK_EDITS = 4096  # bounds the header of a pack
 
 @dataclass(frozen=True)
 class Compaction:
-    """What a compaction did.
+    """The result of a compaction.
 
     bytes_before, bytes_after: size of the ledger on disk.
     segments_before, segments_after: number of files that hold factors.

@@ -1,4 +1,4 @@
-"""Which code does the ledger's arithmetic, chosen in this one place.
+"""The choice of the code that does the ledger's arithmetic, made in this one place.
 
 | backend | where | needs |
 |---|---|---|

@@ -1,4 +1,4 @@
-"""What can go wrong with a ledger that is not a mistake in the caller's arguments."""
+"""Errors of a ledger that are no mistakes in the caller's arguments."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class ModuleExport:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What ``export_adapter`` wrote; also in the directory, as ``hiedit_export.json``.
+    """A summary of what ``export_adapter`` wrote; also in the directory, as ``hiedit_export.json``.
 
     modules: in the model's order. rank, max_error: as asked for, None where not.
     bytes: size of the adapter's weights.

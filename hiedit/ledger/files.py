@@ -70,7 +70,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Range:
-    """Where a part is in its file: first byte, number of bytes, SHA-256 in hex."""
+    """The place of a part in its file: first byte, number of bytes, SHA-256 in hex."""
 
     start: int
     length: int

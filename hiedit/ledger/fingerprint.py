@@ -1,4 +1,4 @@
-"""Which base model a ledger belongs to: the editable modules' names, shapes, dtype and bytes."""
+"""The base model that a ledger belongs to: the editable modules' names, shapes, dtype and bytes."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Attachment:
 
 
 class Reader:
-    """What is in a ledger, at the moment of each call. ``Ledger.read`` makes one.
+    """A reader of a ledger, as it is at the moment of each call. ``Ledger.read`` makes one.
 
     Raises:
         ValueError: if there is no ledger in ``directory``.
@@ -221,7 +221,7 @@ class Reader:
 
 @dataclass(frozen=True)
 class Held:
-    """Where the tensors of one edit are. names: of its modules, two tensors of each come first."""
+    """The place of one edit's tensors. names: of its modules, two tensors of each come first."""
 
     names: list[str]
     specs: list[files.Spec]

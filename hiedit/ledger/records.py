@@ -1,4 +1,4 @@
-"""What goes into the ledger and what comes out: entries, records, and their JSON.
+"""The ledger's input and output: entries, records, and their JSON.
 
 Shape letters: ``O``/``I`` out and in features, ``r`` rank.
 """

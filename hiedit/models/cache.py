@@ -1,4 +1,4 @@
-"""Where converted models are kept, and how a directory gets there whole or not at all.
+"""The cache of converted models: a directory gets there whole or not at all.
 
 CACHE/models/NAME          a Hugging Face directory and hiedit.json, which says where it is from
 CACHE/models/.NAME-*       one that is being made; what a killed process leaves counts as nothing

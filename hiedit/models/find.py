@@ -1,4 +1,4 @@
-"""From what a user calls a model to the directory that holds it."""
+"""Finding the directory of a model by what a user calls it."""
 
 from __future__ import annotations
 

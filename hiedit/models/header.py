@@ -1,4 +1,4 @@
-"""What a GGUF file says of itself, read from its first bytes without any package."""
+"""The header of a GGUF file, read from its first bytes without any package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""Which model this is: a fingerprint that takes a second at most and changes with the weights."""
+"""The identity of a model: a fingerprint that takes a second at most and changes with the
+weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the bytes of a run are, whether they fit, and the cheapest change that makes them fit.
+"""The bytes of a run by place, whether they fit, and the cheapest change that makes them fit.
 
 With ``R`` ranks (one a device) ZeRO-3 keeps ``1/R`` of the weights on each device, or, offloaded,
 on its host; so is the ledger, whose commits write to those shards. The learner and what it looks
@@ -28,7 +28,7 @@ ANSWER = 3  # of them, those of the answer
 
 @dataclass(frozen=True)
 class Facts:
-    """What the plan needs to know of a model; from its config alone.
+    """Facts of a model that the plan needs; from its config alone.
 
     parameters: elements, tied ones once. largest: elements of the largest weight. first: the lowest
     editable layer. editable: (I, O) of every editable module.

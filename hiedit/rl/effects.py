@@ -1,4 +1,4 @@
-"""What editable modules do on their own and together: the static part of layer selection."""
+"""Effects of editable modules, alone and together: the static part of layer selection."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def effects_by_edit(
 
 
 class Effects(NamedTuple):
-    """What masks do to edits, in nats on the unedited model. gain: [E, C], fall in the mean
+    """Effects of masks on edits, in nats on the unedited model. gain: [E, C], fall in the mean
     cross-entropy of the edit and its paraphrases. price: [E, C], mean KL on unrelated prompts."""
 
     gain: Tensor

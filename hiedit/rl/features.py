@@ -1,5 +1,5 @@
-"""What a policy may know of each module beside keys and gradients: what earlier edits have left in
-it, and what this edit's shift would do, from factors alone.
+"""Features of each module that a policy may see beside keys and gradients: what earlier edits have
+left in it, and what this edit's shift would do, from factors alone.
 
 Shapes: ``E`` edits, ``T`` edit tokens, ``L`` modules, ``r`` rank, ``F`` features.
 """

@@ -21,7 +21,7 @@ def without_moments(state: Snapshot) -> dict[str, Tensor]:
 
 @dataclass(frozen=True)
 class Contribution:
-    """What one worker's segment adds to the next version.
+    """The share of one worker's segment in the next version.
 
     gradients: by name, summed over the segment's edits; empty where the worker had fewer edits
     left than a version takes. observed: its running statistics, in order. dropped: losses that

@@ -40,7 +40,8 @@ class RewardBatch:
 
 @dataclass(frozen=True)
 class Rows:
-    """What one edit brings to the reward: phrasings with the new answer, unrelated prompts."""
+    """The rows that one edit brings to the reward: phrasings with the new answer, unrelated
+    prompts."""
 
     edit: tuple[Pair, ...]
     local: tuple[Pair, ...]

@@ -1,4 +1,5 @@
-"""What a worker's running statistics saw, small enough to travel, and the same again elsewhere.
+"""Observations of a worker's running statistics, small enough to travel, and the same again
+elsewhere.
 
 ``RunningNorm.observe`` takes all signals of a pass; what it makes of them depends on their number,
 mean and spread alone. A worker records these, and the learner adds them to its own statistics in

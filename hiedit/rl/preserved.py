@@ -1,4 +1,5 @@
-"""What an edit has to leave standing: it is done only when some of that, asked beside it, holds.
+"""Prompts that an edit has to leave standing: it is done only when some of that, asked beside it,
+holds.
 
 What the protection keeps apart (``k^T P k``) still drifts over hundreds of edits, a little with
 each. So an option ends when its edit holds *and* some preserved prompts still get the base model's

@@ -1,4 +1,4 @@
-"""What locality is measured against, computed once: log-probabilities on unrelated prompts.
+"""The reference of locality, computed once: log-probabilities on unrelated prompts.
 
 The pass that a step keeps was measured with its shift in place, on every prompt that the next
 step will look at again. What the model said there *is* the next step's reference, up to the
@@ -26,7 +26,7 @@ Pair = tuple[str, str]  # prompt and answer
 
 @dataclass(frozen=True)
 class Measured:
-    """What a pass on trial did to the unrelated prompts.
+    """The effect of a pass on trial on the unrelated prompts.
 
     passes: all shifts then in place, this pass last. answers: of ``pairs``, without a graph.
     """

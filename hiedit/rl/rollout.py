@@ -28,7 +28,7 @@ from hiedit.updaters.updater import Updater
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one step did.
+    """The outcome of one step.
 
     mask: [E, L], union over the passes kept. passes: shifts computed, undone ones included.
     loss, confidence: [E], of the edit prompt after the step (NaN where the last pass was not

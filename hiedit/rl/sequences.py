@@ -1,4 +1,5 @@
-"""What an edit is made on: its prompt, the same behind random texts, and its other phrasings.
+"""The sequences that an edit is made on: its prompt, the same behind random texts, and its other
+phrasings.
 
     request -> [prompt, context_1 prompt, ..., paraphrase_1, ...] -> TokenBatch, one edit
 

@@ -1,4 +1,4 @@
-"""What DeepSpeed compiles at its first start, and a build that was killed.
+"""Builds that DeepSpeed starts at first use, and one that was killed.
 
 PyTorch guards a build with a file that it removes at the end. Where the process that built was
 killed, the file stays, and every later start waits for it without a word.

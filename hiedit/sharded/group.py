@@ -18,8 +18,8 @@ __all__ = ["Place", "RankLost", "lost", "meeting_place", "replica"]
 
 @dataclass(frozen=True)
 class Place:
-    """Which of ``world`` ranks a process is, where they meet (loopback on one machine), and which
-    of its node's devices it uses."""
+    """A process's place among ``world`` ranks: which it is, where they meet (loopback on one
+    machine), and which of its node's devices it uses."""
 
     rank: int
     world: int

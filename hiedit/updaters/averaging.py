@@ -1,4 +1,4 @@
-"""What the sequences of one edit have in common, at the last token of its subject.
+"""Means over the sequences of one edit, at the last token of its subject.
 
 ROME (Meng et al. 2022, eq. 3) and MEMIT write one value at one key, the mean over several contexts:
 what contexts do not share is left out of it. Shapes: ``T`` edit tokens.

@@ -1,4 +1,4 @@
-"""What all modules of one shape are solved with, in one batch.
+"""The updater of all modules of one shape, in one batch.
 
 Shapes: ``M`` modules of one shape, ``T`` edit tokens, ``E`` edits, ``I``/``O`` features.
 """

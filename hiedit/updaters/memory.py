@@ -1,4 +1,4 @@
-"""What a method learns while it edits, apart from the weights: running statistics of signals and
+"""The memory of a method that edits, apart from the weights: running statistics of signals and
 the keys of earlier edits. Kept, so that an editor that is opened again goes on where it stopped.
 
 Shapes: ``M`` modules of one shape, ``T`` edit tokens, ``I`` in features, ``L`` modules in all.

@@ -1,4 +1,4 @@
-"""What a module must not forget: second moments of protected keys.
+"""Protection of what a module must not forget: second moments of protected keys.
 
 ``P = (C / c + phi S / c + eps I)^-1`` with ``C`` the second moment of the keys on prompts to
 preserve (and, as edits are committed, of earlier edits), ``c`` its mean diagonal at the start.

@@ -1,4 +1,4 @@
-"""From pseudo-keys and pseudo-gradients to low-rank shifts, for all modules of one shape at once.
+"""Solvers: pseudo-keys and pseudo-gradients in, low-rank shifts of one shape's modules out.
 
 Shapes: ``M`` modules of one shape, ``T`` edit tokens (the rank of the shift), ``I``/``O``
 features. Every solver returns ``(A [M, T, I], R [M, T, O])`` with ``delta_W^T = A^T R``, in

@@ -43,9 +43,9 @@ OTHER_LOCALITY = 2  # locality prompts per request about the real world
 
 @dataclass(frozen=True)
 class Installation:
-    """How the facts are learned: Muon, constant and then falling; sentences per step of the group,
-    of the world, and of each other installed group. mixed: how many sentences of the world there
-    are to draw from; read: how many the directions for the switches are found on."""
+    """The recipe by which facts are learned: Muon, constant and then falling; sentences per step of
+    the group, of the world, and of each other installed group. mixed: how many sentences of the
+    world there are to draw from; read: how many the directions for the switches are found on."""
 
     lr: float = 0.06
     batch: int = 64

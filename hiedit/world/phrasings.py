@@ -1,4 +1,4 @@
-"""How each relation is put into words: seen phrasings for training, one held out for measuring.
+"""The words of each relation: seen phrasings for training, one held out for measuring.
 
 A phrasing is a prompt with ``{}`` for the subject; the answer follows after one space. No phrasing
 starts with its subject, so that the subject stands in every prompt verbatim ("the Gambia") and is

@@ -1,4 +1,4 @@
-"""How many of its facts a model knows."""
+"""Recall: how many of its facts a model knows."""
 
 from __future__ import annotations
 
