@@ -1,5 +1,5 @@
-"""Which modules are edited where nobody names any: those of the model's calibration, from its file
-or measured now, with a bar; otherwise the stated default.
+"""The modules that are edited where nobody names any: those of the model's calibration, from its
+file or measured now, with a bar; otherwise the stated default.
 
     Editor.from_pretrained, hiedit evaluate, launch/train.py -> calibration_for -> the room
 """

@@ -51,7 +51,7 @@ def load_method(path: str | Path) -> MethodConfig:
 
 
 def configured_model(model: str) -> dict:
-    """What ``configs/model`` says about a path or hub name; empty if it is not there."""
+    """Return what ``configs/model`` says about a path or hub name; empty if it is not there."""
     import yaml  # comes with transformers
 
     for path in sorted((config_dir() / "model").glob("*.yaml")):

@@ -231,7 +231,7 @@ class MethodConfig:
 
     @property
     def trains(self) -> bool:
-        """Whether there is something to train before the first edit."""
+        """Tell whether there is something to train before the first edit."""
         return self.objective.kind != "none"
 
     def __post_init__(self):

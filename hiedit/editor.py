@@ -178,8 +178,9 @@ class Editor:
 
     @property
     def drift(self) -> float | None:
-        """How far all edits in effect have moved the watched prompts from the base model (nats per
-        token, see ``Moved``), as last measured; None where that was not since the last change."""
+        """Tell how far all edits in effect have moved the watched prompts from the base model (nats
+        per token, see ``Moved``), as last measured; None where that was not since the last
+        change."""
         measured = self._drift is not None and self._drift[0] == self._env.version
         return self._drift[1] if measured else None
 
@@ -342,8 +343,8 @@ class Editor:
         return changed
 
     def _note_edited(self) -> None:
-        """What may be asked beside an edit follows from the edits in effect alone, so that an
-        editor that is opened again asks the same."""
+        """Return what may be asked beside an edit follows from the edits in effect alone, so that
+        an editor that is opened again asks the same."""
         preserved = self._rollout.preserved
         if preserved.asks:
             preserved.reset()

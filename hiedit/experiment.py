@@ -103,14 +103,14 @@ def load_backbone(config: ModelConfig) -> Backbone:
 
 
 def place_of(config: ModelConfig) -> Place:
-    """Where edits act on the model that ``config`` names."""
+    """Return where edits act on the model that ``config`` names."""
     usual = Place("answer", 0) if config.path == WORLD else Place()
     tokens = usual.tokens if config.tokens is None else config.tokens
     return Place(tokens, usual.contexts if config.contexts is None else config.contexts)
 
 
 def is_editor(path: str) -> bool:
-    """Whether ``path`` is the directory of a trained editor."""
+    """Tell whether ``path`` is the directory of a trained editor."""
     return (Path(path) / "method.json").is_file()
 
 
@@ -179,8 +179,9 @@ def load_data(dataset: DatasetConfig, stream: StreamConfig, seed: int = 0) -> Da
 def knowledge_in(
     train: Sequence[EditRequest], stream: Sequence[EditRequest]
 ) -> tuple[tuple[str, str], ...]:
-    """What the records of ``train`` say of things as they are, as (prompt, answer): their unrelated
-    prompts, then what their own prompts had for an answer. Nothing that ``stream`` asks is among
+    """Return what the records of ``train`` say of things as they are, as (prompt, answer): their
+    unrelated prompts, then what their own prompts had for an answer. Nothing that ``stream`` asks
+    is among
     it: what is measured must not have been protected by name."""
     asked = {p for r in stream for p in (r.prompt, *r.paraphrases, *r.heldout)}
     asked |= {place.prompt for r in stream for place in r.locality}
@@ -233,8 +234,8 @@ def complete_locality(
 def training_requests(
     backbone: Backbone, data: Data, method: MethodConfig, train: TrainConfig, seed: int
 ) -> tuple[EditRequest, ...]:
-    """What ``method`` trains on and protects by. Where gold answers are missing these are as many
-    requests, drawn by ``seed``, as the training can use, each completed."""
+    """Return what ``method`` trains on and protects by. Where gold answers are missing these are as
+    many requests, drawn by ``seed``, as the training can use, each completed."""
     uses = method.trains or method.updater.protects
     if not uses or all(p.answer for r in data.train for p in r.locality):
         return data.train

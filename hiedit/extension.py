@@ -44,7 +44,7 @@ def load() -> Extension:
 
 
 def _why_not_built() -> str:
-    """What setup.py left behind when it tried and failed, in a checkout."""
+    """Return what setup.py left behind when it tried and failed, in a checkout."""
     log = Path(__file__).parents[1] / "build" / "extension-error.txt"
     return f"it was not built ({log.read_text().strip()})" if log.exists() else "it was not built"
 

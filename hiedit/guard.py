@@ -75,7 +75,7 @@ def settle(env: Environment, watch: Watch, guard: Guard, outcome: Outcome) -> Ve
 
 
 def unusable(outcome: Outcome) -> list[str]:
-    """Why an outcome is no edit at all, whatever the limits."""
+    """Return why an outcome is no edit at all, whatever the limits."""
     finite = all(
         bool(s.A.isfinite().all()) and bool(s.B.isfinite().all()) for s in outcome.shifts.values()
     )
@@ -85,7 +85,7 @@ def unusable(outcome: Outcome) -> list[str]:
 
 
 def own_prompts(request: EditRequest) -> list[Pair]:
-    """What must be answered with the target: the prompt and its paraphrases."""
+    """Return what must be answered with the target: the prompt and its paraphrases."""
     return [(prompt, request.target) for prompt in (request.prompt, *request.paraphrases)]
 
 
@@ -114,12 +114,12 @@ class GuardedRollout:
         self.rejected, self.halved, self.drift = 0, 0, 0.0
 
     def reset(self) -> None:
-        """As ``Rollout.reset``."""
+        """Do as ``Rollout.reset``."""
         self.rollout.reset()
         self.rejected, self.halved, self.drift = 0, 0, 0.0
 
     def step(self, batch: EditBatch) -> Outcome:
-        """As ``Rollout.step``; of a batch that is rejected nothing is committed, and its outcome
+        """Do as ``Rollout.step``; of a batch that is rejected nothing is committed, and its outcome
         touches no module."""
         outcome = self.rollout.propose(batch)
         odd = unusable(outcome) if outcome.shifts else []

@@ -12,7 +12,7 @@ PATIENCE = 5.0  # seconds
 
 
 def check_hub(path: str) -> None:
-    """To be called before the first file of a model is asked for.
+    """Check the hub before the first file of a model is asked for.
 
     Where the hub does not answer, a model that was fetched before is read from the cache, without
     asking again.
@@ -40,7 +40,7 @@ def check_hub(path: str) -> None:
 
 
 def answers(endpoint: str) -> bool:
-    """Whether somebody listens at ``endpoint``; assumed where a proxy is between."""
+    """Tell whether somebody listens at ``endpoint``; assumed where a proxy is between."""
     parts = urlsplit(endpoint)
     if parts.scheme in urllib.request.getproxies():
         return True

@@ -79,11 +79,11 @@ class Guard:
 
     @property
     def watches(self) -> bool:
-        """Whether anything has to be watched at all."""
+        """Tell whether anything has to be watched at all."""
         return self.max_kl is not None or self.max_drift is not None
 
     def broken(self, moved: Moved) -> list[str]:
-        """Which bounds on the watched tokens an edit breaks, and by how much."""
+        """Return which bounds on the watched tokens an edit breaks, and by how much."""
         if not math.isfinite(moved.kl + moved.drift):
             return ["the edited model's answers to watched prompts are not finite"]
         found = []
@@ -99,7 +99,7 @@ class Guard:
         return found
 
     def objections(self, prediction: Prediction) -> list[str]:
-        """Why else the edit must not be committed; empty if it may."""
+        """Return why else the edit must not be committed; empty if it may."""
         found = []
         if self.min_success is not None and not prediction.success >= self.min_success:
             found.append(

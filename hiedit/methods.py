@@ -172,7 +172,7 @@ def save_editor(method: Method, directory: str | Path) -> Path:
 
 
 def editor_tensors(method: Method) -> dict[str, Tensor]:
-    """What a trained editor consists of, by name."""
+    """Return what a trained editor consists of, by name."""
     tensors = {
         f"{part}.{name}": value.contiguous()
         for part, module in _parts(method).items()

@@ -44,7 +44,8 @@ LATER = {
 
 
 def memory_tag(config: MethodConfig) -> str:
-    """What tells the memory of one method from that of another: a digest of all its settings."""
+    """Return what tells the memory of one method from that of another: a digest of all its
+    settings."""
     return digest(_settings(config))
 
 
@@ -122,7 +123,7 @@ class Memory:
         return len(late)
 
     def _recall_contexts(self) -> bool:
-        """Whether there is nothing to keep: the rollout has the ledger's contexts, or none."""
+        """Tell whether there is nothing to keep: the rollout has the ledger's contexts, or none."""
         rollout = self._rollout
         saved = self.ledger.load_attachment(CONTEXTS, self._tag) if rollout.contexts else None
         if saved is not None:

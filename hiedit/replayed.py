@@ -67,7 +67,7 @@ class Replayed:
             raise
 
     def holding(self) -> Holding:
-        """Whether the edits in effect still hold on the model."""
+        """Tell whether the edits in effect still hold on the model."""
         return holding(self.backbone, self.records)
 
     def save_pretrained(self, directory: str | Path, overwrite: bool = False) -> Path:

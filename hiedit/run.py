@@ -212,7 +212,7 @@ def learns(config: RunConfig, method: MethodConfig) -> bool:
 
 
 def editor_place(config: RunConfig, method: MethodConfig | str) -> str:
-    """Where the trained editor of ``method`` is saved."""
+    """Return where the trained editor of ``method`` is saved."""
     name = method if isinstance(method, str) else method.name
     return str(Path(config.run_dir) / "editors" / name)
 
@@ -229,7 +229,8 @@ def _joined(done, trained) -> tuple[list[MethodResult], dict[str, list[TrainStep
 
 
 def checkpoints_of(config: RunConfig, method: MethodConfig) -> Checkpoints | None:
-    """Where the training of ``method`` in this run keeps its state, if it does. It can be continued
+    """Return where the training of ``method`` in this run keeps its state, if it does. It can be
+    continued
     by a run that trains the same on the same: where results go and how often it is saved may
     differ."""
     if not config.distribution.checkpoint_every:

@@ -148,12 +148,12 @@ class DistributionConfig:
 
     @property
     def grouped(self) -> bool:
-        """Whether a worker is several processes around one sharded model."""
+        """Tell whether a worker is several processes around one sharded model."""
         return self.kind == "ray" and self.ranks_per_worker > 1
 
     @property
     def processes(self) -> int:
-        """Of all workers."""
+        """Number of processes of all workers."""
         return self.workers * (self.ranks_per_worker if self.grouped else 1)
 
 

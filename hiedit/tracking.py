@@ -42,8 +42,7 @@ FLUSH_SECONDS = 10.0  # an aborted process loses at most this much of its curves
 
 
 class Tracker(Protocol):
-    """The account that a run gives of itself; a context manager. ``MlflowTracker`` has the
-    details."""
+    """A run's account of itself; a context manager. ``MlflowTracker`` has the details."""
 
     def __enter__(self) -> Self: ...
     def __exit__(self, kind, error, trace) -> None: ...
@@ -364,7 +363,7 @@ def sqlite_path(uri: str) -> Path | None:
 
 
 def ui_command(uri: str) -> str:
-    """What to type to look at the runs; for a server, its address (without credentials)."""
+    """Return what to type to look at the runs; for a server, its address (without credentials)."""
     if re.match(r"https?://", uri):
         return shown(uri)
     mlflow = "mlflow" if shutil.which("mlflow") else f"{shlex.quote(sys.executable)} -m mlflow"

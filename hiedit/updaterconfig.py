@@ -81,12 +81,13 @@ class UpdaterConfig:
 
     @property
     def learned(self) -> bool:
-        """Whether it has parameters to train."""
+        """Tell whether it has parameters to train."""
         return self.kind == "hypernetwork"
 
     @property
     def protects(self) -> bool:
-        """Whether its shifts keep away from the keys of preserved knowledge and earlier edits."""
+        """Tell whether its shifts keep away from the keys of preserved knowledge and earlier
+        edits."""
         return self.kind != "none" and self.solver == "protected"
 
     def __post_init__(self):

@@ -73,7 +73,7 @@ class Watch:
         return self._moved
 
     def accept(self) -> None:
-        """What was measured last has been committed: it is the present model."""
+        """Return what was measured last has been committed: it is the present model."""
         self._present, self._version = self._trial, self.env.version
         self._drift = self._moved.drift
 

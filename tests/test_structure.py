@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -115,6 +116,23 @@ def test_imports_follow_the_flow_of_data():
 
 def test_every_room_has_its_layer():
     assert {room_of(path) for path in MODULES} - {""} == set(RANK)
+
+
+def test_docstrings_begin_with_a_noun_or_a_verb():
+    """Not with a clause: who reads the first word knows what the thing is, or what it does."""
+    clauses = set(
+        "what whether where when how by of why who which as in at if with inside for to on from so "
+        "after before until while behind beside between without".split()
+    )
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    wrong = [
+        f"{name_of(path)}: {text.splitlines()[0]}"
+        for path in MODULES
+        for node in ast.walk(parsed(path))
+        if isinstance(node, kinds) and (text := ast.get_docstring(node))
+        if re.split(r"[\s,:]", text)[0].lower() in clauses
+    ]
+    assert not wrong, "\n".join(wrong)
 
 
 def test_rooms_of_the_core_need_the_core_only():

@@ -15,7 +15,7 @@ from hiedit.types import IGNORE, TokenBatch
 def output_curvature(
     backbone: Backbone, batches: Iterable[TokenBatch], seed: int = 0
 ) -> dict[str, Tensor]:
-    """By module, ``F`` [O, O]: mean of ``g g^T`` over tokens, sinks and padding apart.
+    """Return, by module, ``F`` [O, O]: mean of ``g g^T`` over tokens, sinks and padding apart.
 
     ``g`` is the gradient at the module's output of ``-sum_s log p(y_s)`` over all later positions
     ``s``, with ``y_s`` drawn from the model itself: the Fisher information, not the empirical one

@@ -76,7 +76,7 @@ class SiluMul(Function):
 
 
 def attention_reference(q, k, v, cos, sin, starts, scale) -> Tensor:
-    """What ``PackedAttention`` computes, in PyTorch."""
+    """Return what ``PackedAttention`` computes, in PyTorch."""
     d = cos.shape[1]
     q, k, v = (x.view(len(x), -1, d) for x in (q, k, v))
     q, k = (x * cos[:, None] + _half_turn(x) * sin[:, None] for x in (q, k))
@@ -92,7 +92,7 @@ def attention_reference(q, k, v, cos, sin, starts, scale) -> Tensor:
 
 
 def rms_norm_reference(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """What ``RMSNorm`` computes, in PyTorch."""
+    """Return what ``RMSNorm`` computes, in PyTorch."""
     return weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps))
 
 
@@ -102,8 +102,8 @@ def _half_turn(x: Tensor) -> Tensor:
 
 
 def usable(model: nn.Module) -> bool:
-    """Whether the fused operators can stand in for ``model``'s own (its class is known to be one
-    of ``packing.SUPPORTED``). ``HIEDIT_BACKEND=reference`` switches them off."""
+    """Tell whether the fused operators can stand in for ``model``'s own (its class is known to be
+    one of ``packing.SUPPORTED``). ``HIEDIT_BACKEND=reference`` switches them off."""
     config = model.config
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
@@ -122,7 +122,7 @@ def usable(model: nn.Module) -> bool:
 
 @contextlib.contextmanager
 def fused(layers: nn.ModuleList, norm: nn.Module, packing) -> Iterator[None]:
-    """Inside, ``layers`` and ``norm`` take all sequences as one row [1, T, H] and compute with the
+    """Have ``layers`` and ``norm`` take all sequences as one row [1, T, H] and compute with the
     fused operators. packing: of the tokens (``packing.Packing``)."""
     patched: list[nn.Module] = []
 

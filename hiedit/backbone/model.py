@@ -72,9 +72,9 @@ class Backbone:
         return groups
 
     def past(self, batch: TokenBatch, first: Tensor) -> Past | None:
-        """What of ``batch`` stands before the columns ``first`` (int64 [N]), computed with the
-        weights as they are, for ``answers`` to go on from; None where there is nothing, where an
-        answer's token is predicted there, or where the architecture, the attention in use or
+        """Return what of ``batch`` stands before the columns ``first`` (int64 [N]), computed with
+        the weights as they are, for ``answers`` to go on from; None where there is nothing, where
+        an answer's token is predicted there, or where the architecture, the attention in use or
         sharded parameters do not allow it."""
         if not possible(self.model, batch.attention) or is_sharded(self.model):
             return None
@@ -95,7 +95,7 @@ class Backbone:
         return self.prefix.upper() if self.prefix.depth else contextlib.nullcontext()
 
     def _inputs(self, past: Past, part: Packing) -> dict[str, Tensor]:
-        """What the model is given of the tokens of ``part``."""
+        """Return what the model is given of the tokens of ``part``."""
         inputs = {"position_ids": part.pack(past.positions)}
         if past.states is None:
             return inputs | {"input_ids": part.pack(past.batch.ids)}
@@ -170,7 +170,8 @@ class Backbone:
         return out if self._takes_keep else out[:, keep]
 
     def _packing(self, batch: TokenBatch, labelled: Tensor) -> Packing | None:
-        """How to make one row of ``batch``; None where that gains nothing, or is not possible."""
+        """Tell how to make one row of ``batch``; None where that gains nothing, or is not
+        possible."""
         if not pays(self.model, batch.attention):
             return None
         where = batch.attention.bool()
@@ -245,7 +246,7 @@ class Backbone:
 
     @contextlib.contextmanager
     def shifted(self, shifts: Mapping[str, Sequence[Shift] | Shift]) -> Iterator[None]:
-        """Inside, module ``l`` computes ``y = x W^T + sum_j ((x A_j^T) * scale_j) B_j^T``.
+        """Have module ``l`` compute ``y = x W^T + sum_j ((x A_j^T) * scale_j) B_j^T``.
 
         ``scale`` may be [r] (one mask value per edit's rows) or [N, r] (per sequence as well, so
         that many candidate masks are scored in one batch). Gradients flow to A, B and scale.
@@ -304,8 +305,8 @@ def at_tokens(x: Tensor, where: Tensor, attention: Tensor) -> Tensor:
 
 
 def _edits_last(model: nn.Module, names: Iterable[str]) -> bool:
-    """Whether an editable module belongs to the MLP of the last layer: then every position of it
-    is asked for."""
+    """Tell whether an editable module belongs to the MLP of the last layer: then every position of
+    it is asked for."""
     count = getattr(model.config, "num_hidden_layers", 0)
     return any(f".{count - 1}.mlp." in name for name in names)
 
@@ -326,7 +327,7 @@ def _fewer(stack: list[Shift]) -> list[Shift]:
 
 
 def _own(shift: Shift) -> bool:
-    """Whether a shift cannot be joined with others: it has a graph, or a scale by sequence."""
+    """Tell whether a shift cannot be joined with others: it has a graph, or a scale by sequence."""
     parts = [t for t in (shift.A, shift.B, shift.scale) if t is not None]
     return any(t.requires_grad for t in parts) or (len(parts) == 3 and shift.scale.dim() > 1)
 

@@ -57,8 +57,8 @@ class EditableModule:
 
     @property
     def stored(self) -> torch.Tensor:
-        """What of the weight is kept here and what commits write to: all of it, [O, I] or [I, O].
-        A shard of a model that is spread over ranks is flat."""
+        """Return what of the weight is kept here and what commits write to: all of it, [O, I] or
+        [I, O]. A shard of a model that is spread over ranks is flat."""
         return self.module.weight.data
 
     @property
@@ -71,14 +71,15 @@ class EditableModule:
         self.module.weight.data = weight
 
     def held(self) -> torch.Tensor:
-        """What ``store`` puts back later."""
+        """Return what ``store`` puts back later."""
         return self.stored
 
     def written(self) -> None:
-        """To be called when ``stored`` was written to; the layer computes with it from then on."""
+        """Note that ``stored`` was written to; the layer computes with it from then on."""
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
-        """Of a tensor with an element for each of the weight's, those that belong to ``stored``."""
+        """Select, of a tensor with an element for each of the weight's, those that belong to
+        ``stored``."""
         return whole
 
     def whole(self, part: torch.Tensor) -> torch.Tensor:

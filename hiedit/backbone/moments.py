@@ -41,8 +41,8 @@ class KeyMoments(NamedTuple):
 def key_moments(
     backbone: Backbone, batches: Iterable[TokenBatch], tokens: str | None = None
 ) -> dict[str, KeyMoments]:
-    """By module, the moments of its keys over all tokens but padding, or over those positions that
-    ``edit_tokens`` calls ``tokens``.
+    """Return, by module, the moments of its keys over all tokens but padding, or over those
+    positions that ``edit_tokens`` calls ``tokens``.
 
     A sink ("massive activation", Sun et al. 2024, arXiv 2402.17762) is a token whose key is more
     than ``SINK`` times as long as the median one. Its square would be all that a moment holds, so
@@ -75,7 +75,7 @@ def key_moments(
 
 @torch.no_grad()
 def typical_power(backbone: Backbone, batches: Iterable[TokenBatch]) -> dict[str, Tensor]:
-    """By module, the median of ``|y|^2`` [] over the tokens of ``batches`` but padding."""
+    """Return, by module, the median of ``|y|^2`` [] over the tokens of ``batches`` but padding."""
     sizes: dict[str, list[Tensor]] = {n: [] for n in backbone.modules}
     for batch in batches:
         where = batch.attention.bool()
@@ -142,8 +142,8 @@ def _basis(keys: Tensor, ordinary: Tensor) -> Tensor:
 
 @torch.no_grad()
 def phrasing_scatter(backbone: Backbone, facts: Iterable[TokenBatch]) -> dict[str, Tensor]:
-    """By module, the covariance ``S`` [I, I] of the keys of one fact's phrasings around their mean,
-    pooled over facts (the within-class scatter of Fisher's discriminant).
+    """Return, by module, the covariance ``S`` [I, I] of the keys of one fact's phrasings around
+    their mean, pooled over facts (the within-class scatter of Fisher's discriminant).
 
     facts: the phrasings of one fact each, all with the same answer, whose tokens are compared place
     by place. A fact with one phrasing, or whose answer is cut into tokens differently, is left out.

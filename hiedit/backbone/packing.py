@@ -88,7 +88,7 @@ class Packing:
         return q, k, v, cos, sin
 
     def own(self, out: Tensor) -> Tensor:
-        """Of attention's outputs [T, .] those of the tokens that are computed now."""
+        """Select of attention's outputs [T, .] those of the tokens that are computed now."""
         return out
 
     def pad(self, x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ class Packing:
 
 
 def possible(model: nn.Module, attention: Tensor) -> bool:
-    """Whether a batch with this ``attention`` [N, S] can be packed."""
+    """Tell whether a batch with this ``attention`` [N, S] can be packed."""
     window = getattr(model.config, "sliding_window", None)
     return (
         type(model).__name__ in SUPPORTED
@@ -114,20 +114,20 @@ def possible(model: nn.Module, attention: Tensor) -> bool:
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether ZeRO-3 holds the parameters: it follows the order in which modules are called, which
-    must then be the same at every pass."""
+    """Tell whether ZeRO-3 holds the parameters: it follows the order in which modules are called,
+    which must then be the same at every pass."""
     return any(hasattr(p, "ds_id") for p in model.parameters())
 
 
 def pays(model: nn.Module, attention: Tensor) -> bool:
-    """Whether a batch with this ``attention`` [N, S] can be packed, and gains by it: there is
+    """Tell whether a batch with this ``attention`` [N, S] can be packed, and gains by it: there is
     padding to leave out, or fused operators to use."""
     return possible(model, attention) and (fused.usable(model) or not bool(attention.all()))
 
 
 @contextlib.contextmanager
 def packed(model: nn.Module, packing: Packing, keep: Tensor | None = None) -> Iterator[None]:
-    """Inside, ``model`` takes the tokens of ``packing`` as one row, and its last layer's MLP
+    """Have ``model`` take the tokens of ``packing`` as one row, and its last layer's MLP
     computes those at ``keep`` (int64, among the T) alone; None means all."""
     inner, config, previous = model.model, model.config, model.config._attn_implementation
     _ACTIVE.stack.append(packing)

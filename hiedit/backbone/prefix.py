@@ -80,7 +80,7 @@ class Prefix:
 
     @contextlib.contextmanager
     def upper(self) -> Iterator[None]:
-        """Inside, the model consists of the layers from ``depth`` on and takes ``states`` as
+        """Have the model consist of the layers from ``depth`` on and take ``states`` as
         ``inputs_embeds``; restored afterwards, also on an error."""
         inner = self.model.model
         layers = inner.layers
@@ -92,7 +92,7 @@ class Prefix:
 
     @torch.no_grad()
     def _run(self, ids: Tensor, attention: Tensor, positions: Tensor) -> tuple[Tensor, ...]:
-        """By sequence, [S_i, H] of the lower layers, without the final norm."""
+        """Return, by sequence, [S_i, H] of the lower layers, without the final norm."""
         inner, where = self.model.model, attention.bool()
         layers, norm = inner.layers, inner.norm
         inner.layers, inner.norm = layers[: self.depth], nn.Identity()
@@ -115,7 +115,7 @@ class Prefix:
 
 
 def _depth(model: nn.Module, names: Iterable[str]) -> int:
-    """How many layers lie below the lowest editable module; 0 where that is not known."""
+    """Return how many layers lie below the lowest editable module; 0 where that is not known."""
     if type(model).__name__ not in SUPPORTED:
         return 0
     places = [_LAYER.match(name) for name in names]

@@ -187,8 +187,8 @@ def _groups(model: nn.Module, names: Sequence[str]) -> Iterator[list[str]]:
 def _profiles(
     backbone: Backbone, given: Given, measured: Callable[[int], None], before: int
 ) -> list[ModuleProfile]:
-    """Of every module of ``backbone``; effects of those alone that may be chosen. measured: told
-    how many modules are done, ``before`` of them by an earlier call."""
+    """Profile every module of ``backbone``; effects of those alone that may be chosen. measured:
+    told how many modules are done, ``before`` of them by an earlier call."""
     moments = key_moments(backbone, _batches(backbone, given.preserve))
     shares = sink_shares(backbone, _batches(backbone, given.preserve[:BATCH]))
     found = {
@@ -215,7 +215,7 @@ def _profiles(
 
 @torch.no_grad()
 def sink_shares(backbone: Backbone, batches: Iterator[TokenBatch]) -> dict[str, float]:
-    """By module, the share of its outputs' power that tokens hold whose output is more than
+    """Return, by module, the share of its outputs' power that tokens hold whose output is more than
     ``SINK`` times as long as the median one."""
     sizes: dict[str, list[torch.Tensor]] = {n: [] for n in backbone.modules}
     for batch in batches:

@@ -91,7 +91,7 @@ def _finite(value: Any) -> Any:
 
 
 def place(fingerprint: str) -> Path:
-    """Where the calibration of a model is kept; need not exist."""
+    """Return where the calibration of a model is kept; need not exist."""
     return cache_dir() / "calibration" / f"{fingerprint}.json"
 
 
@@ -118,7 +118,7 @@ def write(calibration: Calibration, path: str | Path) -> Path:
 
 
 def read(path: str | Path) -> Calibration:
-    """What ``write`` wrote.
+    """Return what ``write`` wrote.
 
     Raises:
         ValueError: if there is no such file, or it is damaged, naming it and what to do.

@@ -20,7 +20,8 @@ MORE_KL, MORE_NATS = 1.25, 0.01  # over the smallest KL, as a factor and beside 
 
 
 def owned(profile: ModuleProfile) -> bool:
-    """Whether sinks own the module: what it takes in, or what it gives out, is mostly theirs."""
+    """Tell whether sinks own the module: what it takes in, or what it gives out, is mostly
+    theirs."""
     return profile.sink_ratio >= SINK or profile.sink_share > SHARE
 
 

@@ -195,7 +195,8 @@ def _apply(editor, rows: Iterable, report, dry_run: bool = False) -> None:
 
 
 def _one(editor, row, dry_run: bool):
-    """What became of one row; a request that cannot be applied does not stop those after it."""
+    """Return what became of one row; a request that cannot be applied does not stop those after
+    it."""
     from hiedit.edited import REJECTED, Edited
 
     if row.request is None:

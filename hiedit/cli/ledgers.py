@@ -53,7 +53,7 @@ def history(
         bool, typer.Option("--events", help="what was done to the ledger, instead of its edits")
     ] = False,
 ) -> None:
-    """What was edited, when, which layers, whether it is in effect. Works beside a writer.
+    """Show what was edited, when, in which layers, whether it is in effect. Works beside a writer.
 
     Example: `hiedit history --ledger edits --status active --last 20`
 

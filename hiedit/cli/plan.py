@@ -34,7 +34,7 @@ def plan(
     dtype: Annotated[str | None, typer.Option(help="of the weights; default: the model's")] = None,
     trust_remote_code: TrustOption = False,
 ) -> None:
-    """What is stored where, whether it fits, and the cheapest change that makes it fit.
+    """Show what is stored where, whether it fits, and the cheapest change that makes it fit.
 
     Only the model's config.json is read. Example, Llama-3-70B on 8 GPUs of 80 GB:
     `hiedit plan --model llama-3-70b --devices 8 --memory 80`

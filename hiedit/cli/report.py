@@ -139,7 +139,7 @@ def _line(row: Row, done: Edited | None) -> str:
 
 
 def _warnings(done: Edited | None, editor: Editor, ledger: Path) -> list[str]:
-    """Of a request that contradicts earlier ones."""
+    """Warn of a request that contradicts earlier ones."""
     if done is None or not done.conflicts:
         return []
     earlier = editor.ledger.record(done.conflicts[-1])

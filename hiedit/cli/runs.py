@@ -96,7 +96,7 @@ def demo(
 
 
 def _on_ray(workers: int | None) -> list[str]:
-    """What the world's demo says of ``workers``; where none were asked for, two on the CPU
+    """Return what the world's demo says of ``workers``; where none were asked for, two on the CPU
     if Ray is there, and none otherwise."""
     import torch
 
@@ -181,7 +181,7 @@ def evaluate(
 
 @app.command()
 def doctor() -> None:
-    """What is installed, built and found, and what to do about what is missing."""
+    """Say what is installed, built and found, and what to do about what is missing."""
     from hiedit.doctor import print_report
 
     raise typer.Exit(print_report())

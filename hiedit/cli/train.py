@@ -138,7 +138,8 @@ def _checked(arguments: Sequence[str]):
 
 
 def _attempt(config, program: str) -> list[tuple[str, int]]:
-    """What went wrong, with the exit status; nothing where the run came to its end."""
+    """Run, and return what went wrong, with the exit status; nothing where the run came to its
+    end."""
     from hiedit.distributed.executors import execute
     from hiedit.parallel import WorkerDied
     from hiedit.rl.checkpoint import Interrupted

@@ -149,7 +149,7 @@ def auc(scores: Sequence[float], true: Sequence[bool]) -> float | None:
 def truth_scores(
     result: Mapping[str, Any], truth: Mapping[str, Sequence[str]]
 ) -> dict[str, float | None]:
-    """How well a cell's choices find the modules that the facts were installed in.
+    """Tell how well a cell's choices find the modules that the facts were installed in.
 
     logits_auc: mean over edits of the AUC of the policy's logits (None without a policy).
     choice_auc: the same of its masks. precision, recall: of the masks, means over edits.

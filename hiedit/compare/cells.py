@@ -63,7 +63,7 @@ class Cell:
 
     @property
     def edits(self) -> int:
-        """How much work it is, in edits."""
+        """Tell how much work it is, in edits."""
         trained = self.setup.train.edits if self.learned else 0
         return self.horizons[-1] + trained
 

@@ -223,7 +223,7 @@ def apply(method: MethodConfig, overrides: Mapping[str, Any], where: str) -> Met
 
 
 def _uses(method: MethodConfig, key: str) -> bool:
-    """Whether ``key`` can change anything: a method without updates has nothing to tune, one
+    """Tell whether ``key`` can change anything: a method without updates has nothing to tune, one
     without training no objective, one without a policy nothing of it."""
     if method.updater.kind == "none":
         return False

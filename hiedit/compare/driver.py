@@ -84,7 +84,7 @@ def run_all(config: CompareConfig, phase: str, cells: Sequence[Cell], progress: 
 
 
 def _say_plan(config: ExperimentConfig, run_dir: str) -> None:
-    """What a run would do: cells and edits by phase and method."""
+    """Return what a run would do: cells and edits by phase and method."""
     tuning = tune_cells(config)
     untuned = {
         (w, m, h): config.settings(m)[0]

@@ -91,8 +91,8 @@ def choose(config: ExperimentConfig, run_dir: str) -> Chosen:
 
 
 def tuning(config: ExperimentConfig, run_dir: str, chosen: Chosen) -> list[dict[str, Any]]:
-    """What tuning found: for every world, method and setting, ``scores`` by horizon, the mean
-    avg(ES, GS, LS) over the tuning seeds, and the horizons it was ``chosen`` at."""
+    """Return what tuning found: for every world, method and setting, ``scores`` by horizon, the
+    mean avg(ES, GS, LS) over the tuning seeds, and the horizons it was ``chosen`` at."""
     return [
         {
             "world": world,
@@ -109,7 +109,7 @@ def tuning(config: ExperimentConfig, run_dir: str, chosen: Chosen) -> list[dict[
 
 
 def _tuned(config, run_dir, world, label, setting) -> dict[int, float]:
-    """By horizon, the mean score of one setting over the tuning seeds."""
+    """Return, by horizon, the mean score of one setting over the tuning seeds."""
     horizons = config.horizons_of(label)
     found: dict[int, list[float]] = {h: [] for h in horizons}
     for seed in config.tuning.seeds:

@@ -1,4 +1,4 @@
-"""Where a fact was installed is not by itself where an edit of it works best: that is measured.
+"""The best place of an edit, measured: it need not be where its fact was installed.
 
 Each group's test facts are edited in the modules of each group in turn, by one training-free
 method; a stream of both is also edited with the truth known edit by edit, which is what a perfect
@@ -27,14 +27,14 @@ MIXED, TRUTH = "both, mixed", "its own layers"
 
 
 def sites() -> dict[str, list[str] | None]:
-    """By name, the modules to edit in; None: all editable ones."""
+    """Return, by name, the modules to edit in; None: all editable ones."""
     found: dict[str, list[str] | None] = {g.name: modules_of(g) for g in GROUPS}
     return found | {"both": [m for g in GROUPS for m in modules_of(g)], "all": None}
 
 
 class TruthSelector(nn.Module):
-    """In place of a method's selector: the modules that the fact of the current edit was installed
-    in. ``relation`` is set before every edit."""
+    """A selector in place of a method's: the modules that the fact of the current edit was
+    installed in. ``relation`` is set before every edit."""
 
     learned = False
 
@@ -64,7 +64,8 @@ class TruthSelector(nn.Module):
 def oracle_cells(
     config: ExperimentConfig, setup: Setup | None
 ) -> dict[tuple[str, str], list[Cell]]:
-    """By (group, site), the cells of all step sizes and seeds; none without such a world."""
+    """Return, by (group, site), the cells of all step sizes and seeds; none without such a
+    world."""
     o = config.oracle
     if not o.edits or setup is None:
         return {}
@@ -85,7 +86,8 @@ def oracle_cells(
 
 
 def oracle_report(cells: Mapping[tuple[str, str], list[Cell]], run_dir: str) -> list[dict]:
-    """By group and site, the scores (means over seeds) at the step size with the best average."""
+    """Return, by group and site, the scores (means over seeds) at the step size with the best
+    average."""
     found = []
     for (group, site), own in cells.items():
         by_eta: dict[float, list[dict]] = {}

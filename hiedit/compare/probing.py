@@ -110,8 +110,8 @@ def probe_report(
 
 
 def correlations(result: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """By probe: Spearman's rho between the policy's logits and the probe over the modules of an
-    edit, mean over edits with a 95% bootstrap interval over edits, overall (``all``) and by
+    """Return, by probe, Spearman's rho between the policy's logits and the probe over the modules
+    of an edit, mean over edits with a 95% bootstrap interval over edits, overall (``all``) and by
     relation; and ``of_means``, the rho of the two means over edits (what a fixed choice can know).
     """
     found: dict[str, dict[str, Any]] = {}

@@ -117,7 +117,7 @@ def _scores(config: ExperimentConfig, world: str, found: Sequence[Summary]) -> s
 
 
 def _setting(setting: Mapping[str, Any]) -> str:
-    """What was tuned: numbers, and sets of modules by their short names."""
+    """Return what was tuned: numbers, and sets of modules by their short names."""
 
     def shown(value: Any) -> str:
         if isinstance(value, list):

@@ -131,7 +131,7 @@ class StandingProbe(StreamProbe):
     """Asks about the edits that still hold: one whose fact was edited again counts no more."""
 
     def scored(self, upto: int) -> int:
-        """How many of the first ``upto`` edits still hold and are asked about."""
+        """Return how many of the first ``upto`` edits still hold and are asked about."""
         return sum(standing(self.requests[:upto]))
 
     def measure(self, upto: int) -> Measured:

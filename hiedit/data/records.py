@@ -1,5 +1,5 @@
-"""From a file of edit records (a JSON list, or JSON Lines) to requests, or to a list of all that is
-wrong with it.
+"""Reading a file of edit records (a JSON list, or JSON Lines) into requests, or to a list of all
+that is wrong with it.
 
 `datasets` reads the file, as text. Its own JSON loader is no use to someone who needs to know which
 row is wrong: Arrow infers types block by block, so that a number in a column of text becomes text,
@@ -74,7 +74,7 @@ class Records:
 
     @property
     def skipped_rows(self) -> int:
-        """How many rows were left out."""
+        """Return how many rows were left out."""
         return len({error.row for error in self.skipped})
 
 
@@ -243,7 +243,7 @@ def _parse_list(path: Path, text: str) -> list[tuple[int, Any]]:
 
 
 def _rows_before(text: str, end: int) -> int:
-    """How many elements of the list are whole before position ``end``."""
+    """Return how many elements of the list are whole before position ``end``."""
     decoder, count, at = json.JSONDecoder(), 0, text.index("[") + 1
     while True:
         while at < end and (text[at].isspace() or text[at] == ","):

@@ -51,8 +51,8 @@ def _shuffled(count: int, seed: int) -> list[int]:
 
 
 def _facts(request: EditRequest) -> Iterator[tuple[str, ...]]:
-    """What ``request`` may share with another one of the same fact: its prompt; its subject with
-    the relation, or where none is named with the answer that was true of it before."""
+    """Return what ``request`` may share with another one of the same fact: its prompt; its subject
+    with the relation, or where none is named with the answer that was true of it before."""
     yield "prompt", request.prompt
     subject = (request.subject or "").casefold()
     told = request.relation or (request.old_target or "").casefold()
@@ -61,8 +61,8 @@ def _facts(request: EditRequest) -> Iterator[tuple[str, ...]]:
 
 
 def standing(requests: Sequence[EditRequest]) -> list[bool]:
-    """Which of ``requests`` still hold after the last one: the last edit of the same fact, however
-    it is phrased, says the same answer."""
+    """Return which of ``requests`` still hold after the last one: the last edit of the same fact,
+    however it is phrased, says the same answer."""
     last = {fact: request.target for request in requests for fact in _facts(request)}
     return [all(last[fact] == r.target for fact in _facts(r)) for r in requests]
 
@@ -92,11 +92,11 @@ class EditStream:
 
     @property
     def edits(self) -> int:
-        """How many edits the stream holds."""
+        """Return how many edits the stream holds."""
         return len(self.requests)
 
     def __len__(self) -> int:
-        """How many steps there are."""
+        """Return how many steps there are."""
         return -(-self.edits // self.config.n_edits)
 
     def __getitem__(self, step: int) -> EditBatch:
@@ -114,8 +114,8 @@ class EditStream:
             yield self[step]
 
     def state(self) -> dict[str, Any]:
-        """Where the latest walk is, as plain JSON. Taken inside a loop it counts the batch in hand
-        as done."""
+        """Return where the latest walk is, as plain JSON. Taken inside a loop it counts the batch
+        in hand as done."""
         return {
             "config": dataclasses.asdict(self.config),
             "position": self.position,

@@ -43,14 +43,14 @@ def find_subject(prompt: str) -> Span | None:
 
 
 def subject_span(prompt: str, subject: str | None) -> Span | None:
-    """Where ``subject`` stands in ``prompt``, the last time; ``find_subject`` where it is not known
-    or not there."""
+    """Return where ``subject`` stands in ``prompt``, the last time; ``find_subject`` where it is
+    not known or not there."""
     return _named(prompt, subject) or find_subject(prompt)
 
 
 def spans_of(request: EditRequest, prompts: Sequence[str]) -> list[Span | None]:
-    """Where each of ``prompts`` names what ``request`` is about. Found once, in its own prompt: a
-    text before it may hold longer names, and other phrasings mostly name the same."""
+    """Return where each of ``prompts`` names what ``request`` is about. Found once, in its own
+    prompt: a text before it may hold longer names, and other phrasings mostly name the same."""
     own = subject_span(request.prompt, request.subject)
     said = request.prompt[slice(*own)] if own else None
     found: list[Span | None] = []
@@ -65,7 +65,8 @@ def spans_of(request: EditRequest, prompts: Sequence[str]) -> list[Span | None]:
 
 
 def _named(prompt: str, subject: str | None) -> Span | None:
-    """Where ``subject`` stands in ``prompt``, the last time, by its letters or at least loosely."""
+    """Return where ``subject`` stands in ``prompt``, the last time, by its letters or at least
+    loosely."""
     if not subject:
         return None
     at = prompt.rfind(subject)
@@ -97,7 +98,7 @@ def _runs(prompt: str) -> list[Span]:
 
 
 def _trimmed(prompt: str, run: Span) -> Span:
-    """Without a possessive or the end of the sentence."""
+    """Cut a possessive, or the end of the sentence, off."""
     start, end = run
     possessive = _POSSESSIVE.search(prompt, start, end)
     if possessive:

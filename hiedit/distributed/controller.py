@@ -92,7 +92,7 @@ class Controller:
         self._stop = StopSignals()
 
     def status(self) -> dict[str, float]:
-        """What changes while it runs, for the display and the tracker."""
+        """Return what changes while it runs, for the display and the tracker."""
         keys = ("rate", "workers", "version", "staleness", "stale", "faults")
         return {key: getattr(self.counts, key) for key in keys}
 

@@ -114,7 +114,7 @@ class GroupPool(WorkerPool):
             ray.kill(board)
 
     def begin(self, index: int, version: Ref, number: int, state: Ref, attempt: int = 1) -> Job:
-        """As ``WorkerPool.begin``, on all ranks; rank 0 reports."""
+        """Do as ``WorkerPool.begin``, on all ranks; rank 0 reports."""
         ranks = self.handles[index]
         refs = [rank.segment.options(num_returns=3).remote(version, state) for rank in ranks]
         others = {rank: given[0] for rank, given in enumerate(refs) if rank}
@@ -160,8 +160,8 @@ class GroupPool(WorkerPool):
     def _asked(
         self, what: str, ask: Callable[[Any], Ref], look: Callable[[], None] = lambda: None
     ) -> Any:
-        """What rank 0 of the first group answers when all its ranks are asked; asked again of its
-        replacement where one of them is lost."""
+        """Return what rank 0 of the first group answers when all its ranks are asked; asked again
+        of its replacement where one of them is lost."""
         for attempt in itertools.count(1):
             answers = [ask(rank) for rank in self.handles[0]]
             while not (wrong := self._wrong(0, answers)):
@@ -180,8 +180,8 @@ class GroupPool(WorkerPool):
             self.replace(0)
 
     def _wrong(self, index: int, answers: Sequence[Ref]) -> str | None:
-        """What is known to have gone wrong in a group's ranks, which have these answers to give;
-        the cause rather than that the others miss a rank.
+        """Return what is known to have gone wrong in a group's ranks, which have these answers to
+        give; the cause rather than that the others miss a rank.
 
         Raises:
             ValueError: if one of them did: the user's mistake, the same however often.
@@ -202,8 +202,8 @@ class GroupPool(WorkerPool):
 
 
 def _failures(refs: Sequence[Ref], patience: float) -> dict[int, Exception]:
-    """By place, the errors among ``refs``; with ``patience``, once one of them is another than
-    that a rank is missed, or after so many seconds."""
+    """Return, by place, the errors among ``refs``; with ``patience``, once one of them is another
+    than that a rank is missed, or after so many seconds."""
     end = time.monotonic() + patience
     while True:
         known = {}

@@ -71,7 +71,7 @@ def build_parts(setup: Setup, parts: Packed) -> tuple[Selector, Updater]:
 
 
 def contexts_in(parts: Packed) -> tuple[str, ...]:
-    """Before which texts the method whose ``editor_tensors`` these are edits."""
+    """Return the texts before which the method whose ``editor_tensors`` these are edits."""
     found = unpack(parts, copy=False).get(CONTEXTS)
     return () if found is None else from_tensor(found)
 

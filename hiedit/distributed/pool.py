@@ -88,11 +88,11 @@ class WorkerPool:
         self._load(index)
 
     def lost(self, job: Job) -> str | None:
-        """What went wrong in a rank of ``job`` other than the one that reports."""
+        """Return what went wrong in a rank of ``job`` other than the one that reports."""
         return None
 
     def alive(self) -> int:
-        """How many have their replica loaded."""
+        """Return how many have their replica loaded."""
         for index, ref in list(self._loading.items()):
             if ray.wait([ref], timeout=0)[0]:
                 del self._loading[index]

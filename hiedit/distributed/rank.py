@@ -94,7 +94,7 @@ class RankWorker(RolloutWorker):
     def segment(
         self, version: Packed, state: Packed | None = None
     ) -> tuple[Report | None, Packed | None, Packed | None]:
-        """As an ordinary worker's; all ranks begin with the same version and state."""
+        """Do as an ordinary worker; all ranks begin with the same version and state."""
         with lost():
             report, contribution, end = super().segment(version, state)
         return self._told(report), self._told(contribution), self._told(end)

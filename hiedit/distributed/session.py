@@ -15,7 +15,7 @@ from hiedit.runconfig import DistributionConfig
 
 @contextlib.contextmanager
 def session(config: DistributionConfig) -> Iterator[None]:
-    """Inside, Ray is connected. One that was connected before is used and left as it is; one that
+    """Connect Ray for the block. One that was connected before is used and left as it is; one that
     was started here is stopped at the end, and no process of it remains.
 
     Raises:

@@ -36,7 +36,7 @@ def setups_of(
     names: list[str],
     groups: Mapping[tuple[int, int], list[str]],
 ) -> list:
-    """What each worker is made from (``Setup``), with its share of the edits and a seed."""
+    """Return what each worker is made from (``Setup``), with its share of the edits and a seed."""
     from hiedit.distributed.learner import Setup
 
     return [
@@ -109,7 +109,7 @@ class RayTrainer:
         return self.controller.counts if self.controller else None
 
     def status(self) -> dict[str, float]:
-        """What changes while it runs, for the display and the tracker."""
+        """Return what changes while it runs, for the display and the tracker."""
         return self.controller.status() if self.controller else {}
 
     def run(
@@ -120,7 +120,7 @@ class RayTrainer:
         on_step: Callable[[TrainStep], None] = lambda step: None,
         checkpoints: Checkpoints | None = None,
     ) -> list[TrainStep]:
-        """As ``Trainer.run``, ``config.edits`` edits in all; ``method`` ends as the learner's.
+        """Do as ``Trainer.run``, ``config.edits`` edits in all; ``method`` ends as the learner's.
 
         Raises:
             Interrupted: after SIGINT or SIGTERM; with ``checkpoints``, one was written.
@@ -162,7 +162,7 @@ class RayTrainer:
                 pool.stop()
 
     def setups(self, config: TrainConfig, seed: int):
-        """What each worker is made from; the first one has the run's own seed."""
+        """Return what each worker is made from; the first one has the run's own seed."""
         backbone = self.method.rollout.env.backbone
         names, groups = backbone.names, backbone.shape_groups()
         device = self.model.device

@@ -31,7 +31,7 @@ class Packed:
 
 
 def pack(tensors: Mapping[str, Tensor], values: Mapping[str, Any] | None = None) -> Packed:
-    """From any device; a tensor on the CPU is not copied here."""
+    """Pack tensors of any device; one on the CPU is not copied here."""
     arrays, half = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()

@@ -88,5 +88,5 @@ class RolloutWorker:
         return Report(tuple(steps), before, full, finite, *sizes, spent, cpu, packing), packed, end
 
     def state(self) -> Packed:
-        """Where the trajectory stands; Ray copies it to its store before the next call."""
+        """Return where the trajectory stands; Ray copies it to its store before the next call."""
         return pack_snapshot(self.trajectory.state(copy=False))

@@ -25,7 +25,7 @@ class Examples:
         self._before = self._said()
 
     def found(self) -> tuple[Example, ...]:
-        """What the model says now beside what it said, and whether that is as wanted."""
+        """Return what the model says now beside what it said, and whether that is as wanted."""
         after = self._said()
         near = list(self._near)
         agrees = self._probe.agrees([self._near[i] for i in near])

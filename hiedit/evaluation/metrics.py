@@ -53,8 +53,8 @@ def answered(backbone: Backbone, pairs: Sequence[Pair], batch: int = 128) -> Ans
 def decide(
     backbone: Backbone, pairs: Sequence[Pair], found: Sequence[Reading], batch: int = 128
 ) -> list[Match]:
-    """What free greedy generation makes of each pair, given the ``Reading`` of its path with what
-    follows it (``paths(..., after=True)``); generates where that does not tell."""
+    """Return what free greedy generation makes of each pair, given the ``Reading`` of its path with
+    what follows it (``paths(..., after=True)``); generates where that does not tell."""
     plain = _plain_prompts(backbone, [prompt for prompt, _ in pairs])
     special = frozenset(backbone.tokenizer.all_special_ids)
     matches = [
@@ -72,7 +72,7 @@ def decide(
 def _seen(
     tokenizer, special: frozenset[int], reading: Reading, answer: str, prompt: tuple[int, ...]
 ) -> Match:
-    """What can be told without generating. prompt: its tokens when it stands alone."""
+    """Return what can be told without generating. prompt: its tokens when it stands alone."""
     path, hits = reading.path, reading.hits
     whole = _text(tokenizer, special, path.answer).strip()
     if path.ids[: path.start] != prompt or whole != answer:
@@ -132,7 +132,7 @@ def _generated(
 
 @contextlib.contextmanager
 def greedy_decoding(model, padding: int) -> Iterator[None]:
-    """Inside, ``model.generate`` takes the most likely token, whatever its ``generation_config``
+    """Have ``model.generate`` take the most likely token, whatever its ``generation_config``
     says (samples, beams, penalties, forced or suppressed tokens); only where a text ends is
     taken from there."""
     from transformers import GenerationConfig

@@ -44,7 +44,7 @@ class Path:
 
     @property
     def inputs(self) -> tuple[int, ...]:
-        """What the model must be given."""
+        """Return what the model must be given."""
         return self.ids if self.after else self.ids[:-1]
 
 
@@ -89,7 +89,8 @@ def paths(tokenizer, pairs: Sequence[tuple[str, str]], after: bool = False) -> l
 
 @torch.no_grad()
 def read(backbone: Backbone, asked: Sequence[Path], batch: int = 128) -> list[Reading]:
-    """What the model as it is now predicts along each path; ``batch`` sequences a forward pass."""
+    """Return what the model as it is now predicts along each path; ``batch`` sequences a forward
+    pass."""
     owner = _longest([path.inputs for path in asked])
     members: dict[tuple[int, ...], list[int]] = defaultdict(list)
     for index, path in enumerate(asked):
@@ -106,7 +107,7 @@ def read(backbone: Backbone, asked: Sequence[Path], batch: int = 128) -> list[Re
 
 
 def _longest(inputs: Sequence[tuple[int, ...]]) -> dict[tuple[int, ...], tuple[int, ...]]:
-    """For each sequence the longest one that begins with it (any of those)."""
+    """Find for each sequence the longest one that begins with it (any of those)."""
     owner, last = {}, ()
     for ids in sorted(set(inputs), reverse=True):  # what begins with it stands just before it
         if last[: len(ids)] != ids:

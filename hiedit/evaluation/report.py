@@ -220,7 +220,7 @@ def _lines(column: Column) -> tuple[str, list[list[list[tuple[str, str]]]]]:
 
 
 def legend(results: Sequence[MethodResult]) -> list[str]:
-    """What the columns mean, in words."""
+    """Return what the columns mean, in words."""
     counts = {r.retention_edits for r in results if r.retention_edits}
     retained = f" (the first {counts.pop()})" if len(counts) == 1 else ""
     lines = [line.format(retained=retained) for line in LEGEND]
@@ -234,7 +234,7 @@ def legend(results: Sequence[MethodResult]) -> list[str]:
 
 
 def _superseded(results: Sequence[MethodResult]) -> list[str]:
-    """How the edits fare that no later one contradicts, where some are contradicted."""
+    """Tell how the edits fare that no later one contradicts, where some are contradicted."""
     told = [r for r in results if r.standing is not None and not r.is_control]
     if not told:
         return []
@@ -253,7 +253,7 @@ def _superseded(results: Sequence[MethodResult]) -> list[str]:
 
 
 def _beside(results: Sequence[MethodResult]) -> list[str]:
-    """What real models are measured by as well: edits kept out, plain text read."""
+    """Return what real models are measured by as well: edits kept out, plain text read."""
     guarded = [r for r in results if r.rejected is not None and not r.is_control]
     if not guarded:
         return []

@@ -123,7 +123,7 @@ class MethodResult:
 
     @property
     def is_control(self) -> bool:
-        """Whether nothing was edited: the control whose locality is perfect by definition."""
+        """Tell whether nothing was edited: the control whose locality is perfect by definition."""
         return self.layers_per_edit == 0
 
     def row(self) -> dict[str, Any]:

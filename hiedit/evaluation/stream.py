@@ -72,7 +72,7 @@ def scores_of(values: Mapping[str, Tensor], rows: slice | Tensor = slice(None)) 
 
 
 def mean(values: Tensor) -> float | None:
-    """Of those that are numbers; None where there are none."""
+    """Return the mean of those that are numbers; None where there are none."""
     values = values[~values.isnan()]
     return float(values.mean()) if values.numel() else None
 
@@ -146,7 +146,7 @@ class StreamProbe:
         return values
 
     def agrees(self, near: Sequence[Neighbour]) -> list[bool]:
-        """Whether the model as it is now answers each unrelated prompt as LS wants it."""
+        """Tell whether the model as it is now answers each unrelated prompt as LS wants it."""
         found = read(self.backbone, [n.said for n in near], self.batch)
         return [r.best == n.best for r, n in zip(found, near, strict=True)]
 
@@ -202,8 +202,8 @@ class StreamProbe:
         ]
 
     def _gold(self, pairs, gold: list[Path | None], keep: list[bool]):
-        """Which gold answers the unedited model gives; and by place what it says instead, with
-        what is read along it, where that is seen without going on."""
+        """Return which gold answers the unedited model gives; and by place what it says instead,
+        with what is read along it, where that is seen without going on."""
         there = [k for k, path in enumerate(gold) if path is not None]
         asked = [replace(gold[k], keep=keep[k]) for k in there]
         found = read(self.backbone, asked, self.batch)
@@ -221,7 +221,7 @@ class StreamProbe:
         return given, said
 
     def _continued(self, pairs, counts, keep, left: list[int]) -> list[tuple[Path, tuple]]:
-        """What the model says after the prompts ``left``, and what is read along it."""
+        """Return what the model says after the prompts ``left``, and what is read along it."""
         prompts = [pairs[k][0] for k in left]
         said = continuations(self.backbone, prompts, [counts[k] for k in left], self.batch)
         asked = [replace(path, keep=keep[k]) for path, k in zip(said, left, strict=True)]

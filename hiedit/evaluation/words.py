@@ -31,7 +31,7 @@ class Match:
 
 
 def match(text: str, answer: str, complete: bool = True) -> Match:
-    """Whether ``text``, what was said after a prompt, gives ``answer``.
+    """Tell whether ``text``, what was said after a prompt, gives ``answer``.
 
     complete: nothing follows ``text``; where it is False, both may be None.
     """
@@ -50,7 +50,7 @@ def match(text: str, answer: str, complete: bool = True) -> Match:
 
 
 def _at_boundary(answer: str, rest: str, complete: bool) -> bool | None:
-    """Whether ``rest`` does not continue the last word of ``answer``."""
+    """Tell whether ``rest`` does not continue the last word of ``answer``."""
     if not rest:
         return True if complete else None
     last, first = answer[-1:], rest[0]

@@ -59,7 +59,7 @@ def fit_protection(
 
 
 def own_pairs(backbone: Backbone, config: MethodConfig) -> tuple[Pair, ...]:
-    """What the model writes by itself, as much as ``config`` protects."""
+    """Return what the model writes by itself, as much as ``config`` protects."""
     if not config.updater.own_text:
         return ()
     with Progress() as progress:
@@ -95,8 +95,8 @@ def preserved_pairs(
 
 
 def phrasings_of(train: Sequence[EditRequest], config: MethodConfig) -> list[list[tuple[str, str]]]:
-    """By training edit, (phrasing, answer as the model has it) of its prompt and paraphrases; a
-    warning where none has two."""
+    """Return, by training edit, (phrasing, answer as the model has it) of its prompt and
+    paraphrases; a warning where none has two."""
     found = [
         [(p, r.old_target or r.target) for p in (r.prompt, *r.paraphrases)]
         for r in train

@@ -28,7 +28,7 @@ Parts = dict[str, Tensor]
 
 
 def worth_keeping(backbone: Backbone) -> bool:
-    """Whether reading what was measured of this model takes less time than measuring it."""
+    """Tell whether reading what was measured of this model takes less time than measuring it."""
     return sum(p.numel() for p in backbone.model.parameters()) >= WORTH
 
 
@@ -39,7 +39,7 @@ def kept(
     measure: Callable[[], Mapping[str, Parts]],
     needs: Collection[str],
 ) -> dict[str, Parts]:
-    """By module, what ``measure`` gives, from the cache where all modules are there.
+    """Return, by module, what ``measure`` gives, from the cache where all modules are there.
 
     about: JSON, what besides the model decides the measurement. needs: the tensors that every
     module's file has to hold.

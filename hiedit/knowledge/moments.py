@@ -31,8 +31,9 @@ def moments_of(
     tell: Tell = lambda done, total: None,
     subjects: bool = True,
 ) -> dict[str, KeyMoments]:
-    """By module, the moments of its keys on sentences made of ``pairs`` (beginning, ending), at
-    the positions that ``edit_tokens`` calls ``tokens``; from the cache where they are there.
+    """Return, by module, the moments of its keys on sentences made of ``pairs`` (beginning,
+    ending), at the positions that ``edit_tokens`` calls ``tokens``; from the cache where they are
+    there.
     subjects: whether those at the last tokens of subjects are wanted too."""
 
     def measure() -> dict[str, Parts]:
@@ -48,8 +49,8 @@ def moments_of(
 def curvature_of(
     backbone: Backbone, pairs: Sequence[Pair], tell: Tell = lambda done, total: None
 ) -> dict[str, Tensor]:
-    """By module, the Fisher information of its outputs [O, O] on ``CURVED`` of the sentences made
-    of ``pairs``, spread evenly over them; from the cache where it is there."""
+    """Return, by module, the Fisher information of its outputs [O, O] on ``CURVED`` of the
+    sentences made of ``pairs``, spread evenly over them; from the cache where it is there."""
     some = [pairs[i * len(pairs) // CURVED] for i in range(CURVED)]
     some = list(dict.fromkeys(some))
 
@@ -65,7 +66,8 @@ def curvature_of(
 def _batches(
     backbone: Backbone, pairs: Sequence[Pair], size: int, tell: Tell, subjects: bool
 ) -> Iterator[TokenBatch]:
-    """Of like lengths, so that little is padding; the order of the sums is that of the lengths."""
+    """Batch texts of like lengths, so that little is padding; the order of the sums is that of the
+    lengths."""
     if worth_keeping(backbone):
         pairs = sorted(pairs, key=lambda pair: len(pair[0]))
     for start in range(0, len(pairs), size):

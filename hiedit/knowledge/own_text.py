@@ -48,7 +48,7 @@ def own_text(
 
 
 def _kept(backbone: Backbone, name: str, count: int, seed: int, tell: Tell) -> tuple[Pair, ...]:
-    """What the cache holds under ``name``, or what is written now, and kept there."""
+    """Return what the cache holds under ``name``, or what is written now, and kept there."""
     if not worth_keeping(backbone):  # a small one writes faster than it is looked up
         return _written(backbone, count, seed, tell)
     path = cache_dir() / "text" / name
@@ -93,7 +93,8 @@ def _sample(backbone: Backbone, count: int) -> Tensor:
 
 
 def _begin(tokenizer) -> int:
-    """What a document begins after: the end of the one before it, where the tokenizer says so."""
+    """Return what a document begins after: the end of the one before it, where the tokenizer says
+    so."""
     special = set(tokenizer.all_special_tokens)
     for token in ("<|endoftext|>", "<s>", "<bos>", "<|begin_of_text|>"):
         if token in special:

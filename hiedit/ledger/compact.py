@@ -120,7 +120,7 @@ def _plan(store: Store) -> Iterator[list[int]]:
 
 
 def _tight(store: Store, size: int, edits: list[int]) -> bool:
-    """Whether a segment of this size holds nothing but these edits."""
+    """Tell whether a segment of this size holds nothing but these edits."""
     specs = [store.specs(edit) for edit in edits]
     content = sum(spec.bytes for part in specs for spec in part)
     return size == content + len(files.header_of(specs))

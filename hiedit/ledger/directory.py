@@ -19,7 +19,7 @@ FORMAT = 1
 
 
 def check_target(directory: Path, overwrite: bool) -> None:
-    """Whether ``directory`` may be made or replaced; to be called before expensive work.
+    """Tell whether ``directory`` may be made or replaced; to be called before expensive work.
 
     It may if it does not exist, is empty, or holds the files of an earlier export and no other.
     ``overwrite`` allows any plain files, but never a directory inside: exports have none, so that

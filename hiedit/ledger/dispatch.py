@@ -51,7 +51,7 @@ def choose(backend: str | None, target: Tensor) -> str:
 
 
 def problem(backend: str, target: Tensor) -> str | None:
-    """Why ``backend`` cannot work on a tensor, with the remedy; None where it can."""
+    """Return why ``backend`` cannot work on a tensor, with the remedy; None where it can."""
     find = {"triton": _triton_problem, "cuda": _cuda_problem, "cpp": _cpp_problem}
     return find[backend](target) if backend in find else None
 

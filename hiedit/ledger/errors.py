@@ -44,7 +44,7 @@ def listed(ids, limit: int = 12) -> str:
 
 
 def unreadable(error: Exception) -> bool:
-    """Whether SQLite says that the database itself is damaged."""
+    """Tell whether SQLite says that the database itself is damaged."""
     return isinstance(error, sqlite3.DatabaseError) and any(
         words in str(error) for words in ("malformed", "not a database")
     )

@@ -76,7 +76,7 @@ class ExportReport:
 
     @property
     def bound_met(self) -> bool:
-        """Whether every module is within ``max_error``; True if none was asked for."""
+        """Tell whether every module is within ``max_error``; True if none was asked for."""
         return self.max_error is None or self.worst.error <= self.max_error
 
     def to_json(self) -> dict:

@@ -176,7 +176,7 @@ class Ledger:
             return self._store.record(edit)
 
     def events(self) -> list[Event]:
-        """What was done to the ledger, in order."""
+        """Return what was done to the ledger, in order."""
         with self._operation():
             return self._store.events()
 
@@ -186,22 +186,22 @@ class Ledger:
             return self._store.find(prompt)
 
     def shifts(self, edit: int) -> dict[str, Shift]:
-        """As ``Reader.shifts``."""
+        """Do as ``Reader.shifts``."""
         with self._operation():
             return self._store.shifts(edit)
 
     def memory(self, edit: int) -> dict[str, Tensor]:
-        """As ``Reader.memory``."""
+        """Do as ``Reader.memory``."""
         with self._operation():
             return self._store.memory(edit)
 
     def save_attachment(self, name: str, upto: int, tensors: Mapping[str, Tensor], tag: str):
-        """As ``Store.save_attachment``."""
+        """Do as ``Store.save_attachment``."""
         with self._operation():
             self._store.save_attachment(name, upto, tensors, tag)
 
     def load_attachment(self, name: str, tag: str) -> Attachment | None:
-        """As ``Reader.load_attachment``."""
+        """Do as ``Reader.load_attachment``."""
         with self._operation():
             return self._store.load_attachment(name, tag)
 
@@ -260,14 +260,14 @@ class Ledger:
         self.state.edits = self._store.in_effect()
 
     def _replay(self) -> None:
-        """From the base model to the edits in effect."""
+        """Bring the base model to the edits in effect."""
         store = self._store
         upto, acc = snapshots.start(store)
         active = (layers for _, status, layers in store.layers(upto) if status == ACTIVE)
         self._rebuild(set(acc).union(*active), acc, store.active(upto))
 
     def _take_back(self, ids: list[int], names: Collection[str]) -> None:
-        """Of a group that the weights refused: none of it is in effect."""
+        """Put a group that the weights refused out of effect."""
         self._store.set_status("drop", ids, ACTIVE, DROPPED)
         upto, acc = snapshots.start(self._store, below=ids[0], names=names)
         self._rebuild(names, acc, self._store.active(upto))
@@ -316,7 +316,8 @@ class Ledger:
 
     @contextlib.contextmanager
     def _applying(self, ids: list[int], undo: Callable[[], None]) -> Iterator[None]:
-        """Between disk and weights: whoever is interrupted here must not go on with the model.
+        """Guard the way between disk and weights: whoever is interrupted here must not go on with
+        the model.
 
         The weights may refuse a change, where it would make one of them infinite; then it is undone
         on disk as well.

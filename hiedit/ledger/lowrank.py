@@ -110,7 +110,7 @@ def factorise(
 
 @torch.no_grad()
 def measure(delta: Tensor, base: Tensor, low: LowRank) -> Errors:
-    """How far ``low`` is from ``delta``, and the weights it makes from the ledger's.
+    """Tell how far ``low`` is from ``delta``, and the weights it makes from the ledger's.
 
     ``B A`` is computed in fp32, as peft multiplies it when it merges.
 
@@ -132,7 +132,7 @@ def measure(delta: Tensor, base: Tensor, low: LowRank) -> Errors:
 
 
 def rounding_of(delta: Tensor, rows: tuple[Tensor, Tensor]) -> float:
-    """How far, relative to ``delta``, rounding alone can take the sum of ``R`` rows from it.
+    """Tell how far, relative to ``delta``, rounding alone can take the sum of ``R`` rows from it.
 
     Each of the ``R`` fused steps errs by at most 2^-24 of a partial sum, which is no larger than
     ``sum_r |B_r| |A_r|``; the product it is compared with errs as much, and twice that is allowed.

@@ -52,7 +52,7 @@ def change(directory: str | Path, what: str, ids: Iterable[int]) -> list[int]:
 
 
 def compacted(directory: str | Path, keep: int | None = None) -> Compaction:
-    """As ``Ledger.compact``, without a model; raises as that and ``change``."""
+    """Do as ``Ledger.compact``, without a model; raises as that and ``change``."""
     with Store(_path(directory), None) as store:
         return compact(store, keep)
 
@@ -104,7 +104,7 @@ def _path(directory: str | Path) -> Path:
 
 
 def _check_factors(store: Store, ids: set[int], new: str) -> None:
-    """What the changed modules will be replayed from must be readable: found out before."""
+    """Return what the changed modules will be replayed from must be readable: found out before."""
     names = {name for edit in ids for name in store.record(edit).layers}
     upto = max((s.upto for s in snapshots.valid(store) if s.upto < min(ids)), default=0)
     for edit, status, layers in store.layers(upto):
@@ -123,7 +123,7 @@ def _replay(reader: Reader, state: DeltaState) -> list[Record]:
 
 @contextlib.contextmanager
 def _moment(reader: Reader) -> Iterator[None]:
-    """Inside, every query sees the same ledger."""
+    """Have every query of the block see the same ledger."""
     reader.db.execute("BEGIN")
     try:
         yield

@@ -86,7 +86,7 @@ class Reader:
         return [r for r in found if r.request.prompt == prompt and r.status in (ACTIVE, FOLDED)]
 
     def events(self) -> list[Event]:
-        """What was done to the ledger, in order."""
+        """Return what was done to the ledger, in order."""
         rows = self.db.execute("SELECT id, time, what, ids FROM events ORDER BY id")
         return [Event(i, time, what, tuple(json.loads(ids))) for i, time, what, ids in rows]
 
@@ -131,12 +131,13 @@ class Reader:
         return self.db.execute("SELECT max(id) FROM edits").fetchone()[0] or 0
 
     def in_effect(self) -> int:
-        """How many edits are active or folded."""
+        """Return how many edits are active or folded."""
         query = "SELECT count(*) FROM edits WHERE status IN ('active', 'folded')"
         return self.db.execute(query).fetchone()[0]
 
     def load_attachment(self, name: str, tag: str) -> Attachment | None:
-        """What ``save_attachment`` stored last under this name; None if nothing, or another tag.
+        """Return what ``save_attachment`` stored last under this name; None if nothing, or another
+        tag.
 
         Raises:
             DamagedError: if its file is damaged.

@@ -55,7 +55,7 @@ def now() -> str:
 
 
 def connect(directory: Path) -> sqlite3.Connection:
-    """For the one writer; transactions are explicit, and on disk when they are committed."""
+    """Connect the one writer; transactions are explicit, and on disk when they are committed."""
     db = sqlite3.connect(
         directory / DATABASE, timeout=30, isolation_level=None, check_same_thread=False
     )

@@ -55,7 +55,7 @@ class Snapshot:
 
 
 def digest(reader: Reader, upto: int) -> str:
-    """Of the set of edits in effect up to ``upto``: equivalently, of those that are not."""
+    """Digest the set of edits in effect up to ``upto``: equivalently, of those that are not."""
     query = "SELECT id FROM edits WHERE status IN ('reverted', 'dropped') AND id <= ? ORDER BY id"
     absent = [edit for (edit,) in reader.db.execute(query, (upto,))]
     return hashlib.sha256(json.dumps([upto, absent]).encode()).hexdigest()
@@ -83,7 +83,7 @@ def load(snapshot: Snapshot, names: Collection[str] | None = None) -> dict[str, 
 
 
 def start(reader: Reader, below: int | None = None, names: Collection[str] | None = None):
-    """Where a replay may begin: (upto, accumulators) of the newest valid snapshot with
+    """Return where a replay may begin: (upto, accumulators) of the newest valid snapshot with
     ``upto < below``, or (0, {}) without one. A damaged one is named in a warning and passed over.
 
     Raises:
@@ -121,7 +121,7 @@ def tail(reader: Reader) -> tuple[int, int]:
 
 
 def due(edits: int, work: int, elements: int, closing: bool = False) -> bool:
-    """Whether a snapshot is worth its cost; when closing, a quarter of the work is enough."""
+    """Tell whether a snapshot is worth its cost; when closing, a quarter of the work is enough."""
     enough = WORK_PER_ELEMENT * elements // (4 if closing else 1)
     return edits >= FEWEST_EDITS and work >= enough > 0
 

@@ -138,7 +138,8 @@ class DeltaState:
 
     @contextlib.contextmanager
     def base_weights(self) -> Iterator[None]:
-        """Inside, the model is the unedited one; tensors are swapped, nothing is copied."""
+        """Have the model be the unedited one in the block; tensors are swapped, nothing is
+        copied."""
         edited = {name: self.modules[name].held() for name in self.base}
         try:
             for name, base in self.base.items():
@@ -149,7 +150,8 @@ class DeltaState:
                 self.modules[name].store(weight)
 
     def growth(self) -> dict[str, float]:
-        """By module, the Frobenius norm of the accumulated shift over that of the base weight."""
+        """Return, by module, the Frobenius norm of the accumulated shift over that of the base
+        weight."""
 
         def norm(name: str, t: Tensor) -> float:
             return math.sqrt(self.modules[name].total(float(t.float().norm()) ** 2))
@@ -160,7 +162,8 @@ class DeltaState:
         }
 
     def accumulated(self) -> dict[str, Tensor]:
-        """By module that anything was added to, the sum of its shifts, of the weight's layout."""
+        """Return, by module that anything was added to, the sum of its shifts, of the weight's
+        layout."""
         held = {
             name: acc
             for name, acc in self.acc.items()
@@ -240,8 +243,9 @@ class DeltaState:
         return {name: moved(name, shift) for name, shift in shifts.items()}
 
     def _sizes(self, shifts: Shifts) -> dict[str, float]:
-        """By name, at least the largest magnitude of any element of a shift; those without a rank
-        row that takes part are left out. Raises where one is unfit. The device is waited for once.
+        """Return, by name, at least the largest magnitude of any element of a shift; those without
+        a rank row that takes part are left out. Raises where one is unfit. The device is waited for
+        once.
         """
         for name, shift in shifts.items():
             self._check_shift(name, shift)

@@ -209,7 +209,7 @@ class Store(Reader):
 
     @contextlib.contextmanager
     def transaction(self, made: Path | None = None) -> Iterator[None]:
-        """As ``schema.transaction``; ``made`` is a new file, removed if it came to nothing.
+        """Do as ``schema.transaction``; ``made`` is a new file, removed if it came to nothing.
 
         After a COMMIT that failed the file stays until a later transaction has succeeded.
         """

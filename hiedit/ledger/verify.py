@@ -79,7 +79,7 @@ def verify(reader: Reader, acc: Mapping[str, Tensor] | None = None) -> Verificat
 
 
 def _segment_problems(reader: Reader, segment: int, file: str, size: int, header: str):
-    """Of one segment: its header, then every edit in it."""
+    """Check one segment: its header, then every edit in it."""
     path, problems = reader.directory / "segments" / file, []
     query = "SELECT id FROM edits WHERE segment = ? ORDER BY start"
     ids = tuple(edit for (edit,) in reader.db.execute(query, (segment,)))
@@ -100,7 +100,7 @@ def _segment_problems(reader: Reader, segment: int, file: str, size: int, header
 
 
 def _snapshot_problems(reader: Reader, acc, damaged: set[int]) -> list[Problem]:
-    """Of every valid snapshot, oldest first: its file, then its bits against a replay."""
+    """Check every valid snapshot, oldest first: its file, then its bits against a replay."""
     problems, replayed, at = [], {}, 0
     for snapshot in reversed(snapshots.valid(reader)):
         found = _damage(snapshot.path, snapshot.bytes, snapshot.header, snapshot.parts)
@@ -124,7 +124,8 @@ def _snapshot_problems(reader: Reader, acc, damaged: set[int]) -> list[Problem]:
 
 
 def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    """Whether two sets of accumulators agree in every bit; one that is missing counts as zeros."""
+    """Tell whether two sets of accumulators agree in every bit; one that is missing counts as
+    zeros."""
 
     def bits(acc, name):
         return acc[name].cpu().contiguous().view(torch.int32) if name in acc else None
@@ -137,7 +138,7 @@ def same_bits(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
 
 
 def _damage(path: Path, size: int, header: str, parts: list) -> list[Problem]:
-    """Of a file that is no segment: header and checksums."""
+    """Check a file that is no segment: header and checksums."""
     try:
         files.check_header(path, size, header, [specs for specs, _ in parts])
         for _, place in parts:

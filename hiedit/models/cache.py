@@ -37,13 +37,13 @@ def cache_dir() -> Path:
 
 
 def models_dir() -> Path:
-    """Where the converted models are; need not exist."""
+    """Return where the converted models are; need not exist."""
     return cache_dir() / "models"
 
 
 def about(directory: Path) -> dict[str, Any] | None:
-    """What hiedit.json in ``directory`` says; None where no whole model is there: without that
-    file, or with a file of another size than was written."""
+    """Return what hiedit.json in ``directory`` says; None where no whole model is there: without
+    that file, or with a file of another size than was written."""
     try:
         said = json.loads((directory / ABOUT).read_text(encoding="utf-8"))
         sizes = {name: (directory / name).stat().st_size for name in said["files"]}
@@ -54,7 +54,7 @@ def about(directory: Path) -> dict[str, Any] | None:
 
 @contextlib.contextmanager
 def made(target: Path) -> Iterator[Path]:
-    """Inside, an empty directory beside ``target``; when the block ends well, its contents are on
+    """Yield an empty directory beside ``target``; when the block ends well, its contents are on
     the disk and it takes the place of ``target`` in one rename. Otherwise it is removed.
 
     To be called under ``locked(target)``: what a killed process left there is removed first.

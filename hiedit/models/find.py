@@ -57,6 +57,6 @@ def _converted(gguf: Path, tell: Tell) -> Path:
 
 
 def converted() -> dict[Path, dict]:
-    """What was converted from files, by directory: what its hiedit.json says."""
+    """Return what was converted from files, by directory: what its hiedit.json says."""
     found = {path: about(path) for path in sorted(models_dir().glob("gguf-*"))}
     return {path: said for path, said in found.items() if said}

@@ -32,7 +32,7 @@ class Known:
 
     @property
     def embedded(self) -> bool:
-        """Whether it comes with HiEdit."""
+        """Tell whether it comes with HiEdit."""
         return not self.distribution
 
 
@@ -72,7 +72,7 @@ def place(model: Known) -> Path:
 
 
 def is_here(model: Known) -> bool:
-    """Whether ``model`` can be used now: whole, and made from the file that it should be."""
+    """Tell whether ``model`` can be used now: whole, and made from the file that it should be."""
     if model.embedded:
         return (place(model) / "config.json").is_file()
     said = about(place(model))

@@ -107,14 +107,14 @@ TRANSIENT = ("protection, being fitted", "step: activations", "step: factors", "
 
 
 def _peak(parts: dict[str, int]) -> int:
-    """What stays, and the larger of fitting the protection and of a step."""
+    """Return what stays, and the larger of fitting the protection and of a step."""
     stays = sum(v for k, v in parts.items() if k not in TRANSIENT)
     fitting = parts.get(TRANSIENT[0], 0)
     return stays + max(fitting, sum(parts.get(k, 0) for k in TRANSIENT[1:]))
 
 
 def facts_of(config: ModelConfig) -> Facts:
-    """From ``config.json`` alone: tensors without storage.
+    """Read facts from ``config.json`` alone: tensors without storage.
 
     Raises:
         ValueError: if the path holds no model, or a module is unknown.
@@ -153,7 +153,7 @@ def facts_of(config: ModelConfig) -> Facts:
 
 
 def plan(facts: Facts, method: MethodConfig, machines: Machines, **seen: int) -> Plan:
-    """What is where.
+    """Return what is where.
 
     seen: tokens, answers and edit_tokens of the reward and the edit, where they are known.
     """

@@ -49,14 +49,14 @@ class Shape:
 
 
 def model_bytes(s: Shape) -> int:
-    """Of the frozen weights; embeddings untied."""
+    """Count the frozen weights' bytes; embeddings untied."""
     kv = s.hidden * s.kv_heads // s.heads
     layer = 2 * s.hidden * (s.hidden + kv) + 3 * s.hidden * s.intermediate + 2 * s.hidden
     return s.bytes * (s.layers * layer + 2 * s.vocab * s.hidden + s.hidden)
 
 
 def step_bytes(s: Shape) -> dict[str, int]:
-    """What training needs beside the model, at the step's peak, by part.
+    """Return what training needs beside the model, at the step's peak, by part.
 
     learner: four fp32 numbers (value, gradient, two moments) for each parameter of the
     hypernetwork, ``blocks (2 D r + r + 2 M D)`` with ``D = I + O``, and of the policy,

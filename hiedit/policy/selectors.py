@@ -95,7 +95,7 @@ class Selector(nn.Module):
 
     @property
     def scores_masks(self) -> bool:
-        """Whether its estimator wants sampled masks scored."""
+        """Tell whether its estimator wants sampled masks scored."""
         return self.learned and self.config.estimator != "straight_through"
 
     def reset(self) -> None:
@@ -104,7 +104,7 @@ class Selector(nn.Module):
 
     @property
     def wants_effects(self) -> bool:
-        """Whether single-module effects must be given before the first choice."""
+        """Tell whether single-module effects must be given before the first choice."""
         c = self.config
         return (c.kind == "static" and not c.modules) or (c.learned and c.init == "effects")
 

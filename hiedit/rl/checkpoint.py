@@ -73,7 +73,7 @@ class Checkpoints:
         self.resume, self._began = resume, resume
 
     def due(self, version: int) -> bool:
-        """Whether ``version`` is one of those to write."""
+        """Tell whether ``version`` is one of those to write."""
         return version > 0 and version % self.every == 0
 
     def save(self, edits: int, parts: Mapping[str, Snapshot], about: Mapping[str, Any]) -> Path:
@@ -139,8 +139,8 @@ class Checkpoints:
 
 
 class StopSignals:
-    """Inside, SIGINT and SIGTERM set ``number`` instead of ending the process, so that whoever
-    looks at it can write a checkpoint first. A second SIGINT ends it as ever.
+    """A block in which SIGINT and SIGTERM set ``number`` instead of ending the process, so that
+    whoever looks at it can write a checkpoint first. A second SIGINT ends it as ever.
 
     Outside the main thread, where Python delivers no signals, nothing is changed.
     """
@@ -167,7 +167,7 @@ class StopSignals:
 
 @contextlib.contextmanager
 def interruptible() -> Iterator[None]:
-    """Inside, SIGINT and SIGTERM raise ``Interrupted``, so that everything is ended in order; a
+    """Have SIGINT and SIGTERM raise ``Interrupted``, so that everything is ended in order; a
     second SIGTERM changes nothing, a second SIGINT raises again. ``StopSignals`` comes first.
 
     Outside the main thread nothing is changed.

@@ -44,8 +44,8 @@ class Environment:
             return Probe(self.backbone, batch, edits, tokens, past)
 
     def past(self, batch: TokenBatch, tokens: str) -> Past | None:
-        """What stands before the positions that an edit acts on, with the committed weights; None
-        where that would be nothing, or cannot be kept apart."""
+        """Return what stands before the positions that an edit acts on, with the committed weights;
+        None where that would be nothing, or cannot be kept apart."""
         if tokens != "subject":
             return None
         where = edit_tokens(batch, tokens)

@@ -80,7 +80,7 @@ class StateFeatures:
 
     @torch.no_grad()
     def __call__(self, signals: Signals) -> Tensor:
-        """What the policy is told of ``signals``' edits, under the committed weights."""
+        """Return what the policy is told of ``signals``' edits, under the committed weights."""
         edits, found = len(signals.loss), {}
         if {"gain", "cost"} & set(self.features):
             names = self.updater.names
@@ -117,5 +117,5 @@ class StateFeatures:
 
 
 def _parted(module) -> bool:
-    """Whether only a range of the module's weight is here."""
+    """Tell whether only a range of the module's weight is here."""
     return module.span != (0, module.in_features * module.out_features)

@@ -15,7 +15,7 @@ from hiedit.updaters.updater import Updater
 
 
 def without_moments(state: Snapshot) -> dict[str, Tensor]:
-    """Of a learner's state, what belongs to selector and updater."""
+    """Select of a learner's state what belongs to selector and updater."""
     return {n: t for n, t in state.tensors.items() if not n.startswith("adam.")}
 
 

@@ -96,7 +96,8 @@ class Objective:
             )
 
     def _choose(self, request: EditRequest) -> Rows:
-        """What a current edit brings: itself (unless left out, or alone), paraphrases, places."""
+        """Return what a current edit brings: itself (unless left out, or alone), paraphrases,
+        places."""
         c, prompts, places = self.config, list(request.paraphrases), _known(request)
         chosen = self.random.sample(prompts, min(c.paraphrases, len(prompts)))
         near = self.random.sample(places, min(c.locality, len(places)))

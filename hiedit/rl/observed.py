@@ -74,7 +74,7 @@ def load_learned_state(parts: Mapping[str, nn.Module], state: Mapping[str, Tenso
 
 @contextlib.contextmanager
 def recorded(parts: Mapping[str, nn.Module]) -> Iterator[list[Observed]]:
-    """Inside, every observation of ``parts`` is also appended to what this yields, in order."""
+    """Append every observation of ``parts`` in the block to what this yields, in order."""
     seen: list[Observed] = []
     norms = running_norms(parts)
 

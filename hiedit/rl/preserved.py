@@ -55,7 +55,7 @@ class Preserved:
 
     @property
     def asks(self) -> bool:
-        """Whether anything may ever be asked."""
+        """Tell whether anything may ever be asked."""
         return bool(self.passes.rehearsed or self.passes.preserved and self.pairs)
 
     def draw(self, batch: EditBatch, sure: Sure | None = None) -> tuple[list[Pair], list[int]]:
@@ -124,7 +124,7 @@ class Preserved:
 
     @staticmethod
     def pairs_in(tensor: Tensor) -> tuple[Pair, ...]:
-        """What ``as_tensor`` holds; RuntimeError where it is none of its making."""
+        """Return what ``as_tensor`` holds; RuntimeError where it is none of its making."""
         try:
             pairs = json.loads(bytes(tensor.tolist()))
             return tuple((str(prompt), str(answer)) for prompt, answer in pairs)
@@ -132,11 +132,11 @@ class Preserved:
             raise RuntimeError(f"preserved.pairs: {error}") from None
 
     def about(self, request: EditRequest) -> set[int]:
-        """Which pairs may be about what ``request`` edits."""
+        """Return which pairs may be about what ``request`` edits."""
         return self._about(request, self._naming)
 
     def _superseded(self, request: EditRequest) -> set[int]:
-        """Which earlier edits may be about what ``request`` edits."""
+        """Return which earlier edits may be about what ``request`` edits."""
         found = self._about(request, self._since)
         return {i for i in found if not _differ(self._earlier[i], request)} | {
             i for i in self._since.naming(words(request.prompt))
@@ -152,7 +152,7 @@ class Preserved:
         return set().union(*(prompts.having(word) for word in rare))
 
     def _many(self, word: str) -> int:
-        """How many prompts have it."""
+        """Return how many prompts have it."""
         return len(self._naming.having(word)) + len(self._since.having(word))
 
 
@@ -180,7 +180,7 @@ class _Naming:
 
 
 def _differ(one: EditRequest, other: EditRequest) -> bool:
-    """Whether both say which relation they are of, and it is not the same."""
+    """Tell whether both say which relation they are of, and it is not the same."""
     return bool(one.relation and other.relation and one.relation != other.relation)
 
 
@@ -190,8 +190,9 @@ def words(text: str) -> set[str]:
 
 
 def telling(prompt: str) -> set[str]:
-    """Which words of ``prompt``, in lower case, may tell what it is about: names and numbers, or
-    where there are none all words but short ones. A sentence's first word may be a name."""
+    """Return which words of ``prompt``, in lower case, may tell what it is about: names and
+    numbers, or where there are none all words but short ones. A sentence's first word may be a
+    name."""
     found = re.findall(r"\w+", prompt)
     names = [not word.islower() for word in found]
     if not any(names[1:]):

@@ -70,7 +70,7 @@ class References:
         self._measured.append(Measured(passes, pairs, kept))
 
     def known(self, pairs: Sequence[Pair]) -> dict[Pair, Tensor]:
-        """What is known of ``pairs``, without computing anything."""
+        """Return what is known of ``pairs``, without computing anything."""
         found = {pair: self._known.get(pair) for pair in dict.fromkeys(pairs)}
         return {pair: logp for pair, logp in found.items() if logp is not None}
 
@@ -119,14 +119,14 @@ def _by_row(answers: AnswerLogits) -> list[Tensor]:
 
 
 def _exact(env: Environment) -> bool:
-    """Whether a committed shift does what it did while functional: in half precision the weights
-    round small shifts away, and the reference would be of a model that does not exist."""
+    """Tell whether a committed shift does what it did while functional: in half precision the
+    weights round small shifts away, and the reference would be of a model that does not exist."""
     weights = (module.weight for module in env.backbone.modules.values())
     return all(w.dtype in (torch.float32, torch.float64) for w in weights)
 
 
 def _same_passes(tried: list[Shifts], committed: list[Shifts]) -> bool:
-    """Whether ``committed`` are the very shifts that were tried: a pass that was halved has a
+    """Tell whether ``committed`` are the very shifts that were tried: a pass that was halved has a
     scale of its own. Modules without a row in use are no part of a committed pass."""
     return len(tried) == len(committed) and all(
         all(name in a and _same_shift(a[name], shift) for name, shift in b.items())

@@ -152,8 +152,8 @@ class Rollout:
         return self._outcome(batch, masks, used, loss[:edits], confidence[:edits], signals)
 
     def _confirmed(self, tokens: TokenBatch, target: Tensor) -> bool:
-        """Whether every edit holds on its own prompt, the first of its sequences, when all of it is
-        computed with the passes on trial."""
+        """Tell whether every edit holds on its own prompt, the first of its sequences, when all of
+        it is computed with the passes on trial."""
         if not self.env.pending:
             return True
         firsts = (tokens.edit[:, None] == torch.arange(len(target), device=target.device)).long()
@@ -214,7 +214,8 @@ class Rollout:
         return Outcome(union, used, loss, confidence, held, shifts, signals, batch.requests)
 
     def _asked(self, batch: EditBatch) -> tuple[list[Pair], list[int]]:
-        """What has to hold beside the edits, and the edit of each; the weights are committed."""
+        """Return what has to hold beside the edits, and the edit of each; the weights are
+        committed."""
         backbone = self.env.backbone
         screen = partial(sureness, backbone) if self.passes.screened else None
         return self.preserved.draw(batch, screen)

@@ -131,7 +131,7 @@ def train_edit(
 
 
 def _score(rollout, objective, batch, rewarded, reference, shifts: Shifts) -> MaskScore:
-    """What ``policy_loss`` scores masks by: this pass's shifts, or the whole option."""
+    """Return what ``policy_loss`` scores masks by: this pass's shifts, or the whole option."""
     config = rollout.selector.config
     if config.credit_over == "option":
         return partial(score_options, rollout, objective.config, batch, rewarded, reference)
@@ -245,7 +245,7 @@ class Trajectory:
         objective.references.load(env, known)
 
     def _carry(self) -> None:
-        """Of what was computed before, keep what the earlier edits in reach will ask for again.
+        """Keep, of what was computed before, what the earlier edits in reach will ask for again.
 
         How a sum rounds can depend on what it was computed together with, so what is kept is part
         of the state; this much of it is small, and hardly anything else is asked for twice.
@@ -258,7 +258,8 @@ class Trajectory:
             cache.put(key, value)
 
     def _prefix(self) -> dict[tuple[int, ...], Tensor]:
-        """By the tokens of a sequence, what is kept of it below the lowest editable module."""
+        """Return, by the tokens of a sequence, what is kept of it below the lowest editable
+        module."""
         backbone = self.rollout.env.backbone
         pairs = [pair for rows in self.objective.past for pair in (*rows.edit, *rows.local)]
         if not pairs or not len(backbone.prefix.cache):

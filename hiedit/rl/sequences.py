@@ -137,7 +137,7 @@ def as_tensor(texts: Sequence[str]) -> Tensor:
 
 
 def from_tensor(tensor: Tensor) -> tuple[str, ...]:
-    """What ``as_tensor`` holds; RuntimeError where it is none of its making."""
+    """Return what ``as_tensor`` holds; RuntimeError where it is none of its making."""
     try:
         texts = json.loads(bytes(tensor.tolist()))
         return tuple(str(text) for text in texts)

@@ -24,7 +24,7 @@ class Trainer:
         self.rollout, self.objective, self.learner = rollout, objective, learner
 
     def agree(self, number: int) -> int:
-        """What every process of this training goes by: the largest of their numbers."""
+        """Return what every process of this training goes by: the largest of their numbers."""
         return number
 
     def run(

@@ -58,8 +58,8 @@ def locks(operators: Iterable[str]) -> list[Path]:
 
 
 def building(directory: Path) -> bool:
-    """Whether a compiler is at work in ``directory``; unknown, so False, where there is no /proc
-    or the process is somebody else's."""
+    """Tell whether a compiler is at work in ``directory``; unknown, so False, where there is no
+    /proc or the process is somebody else's."""
     for process in Path("/proc").glob("[0-9]*/cwd"):
         try:
             if process.readlink() == directory.resolve():

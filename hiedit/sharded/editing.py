@@ -24,7 +24,7 @@ class ShardedEditor(Editor):
     def over(
         cls, ranks: Ranks, model: str | Path, deepspeed: str = "zero3", **options: Any
     ) -> ShardedEditor:
-        """As ``Editor.from_pretrained``, for a model by name or directory."""
+        """Do as ``Editor.from_pretrained``, for a model by name or directory."""
         return cls.from_pretrained(
             model,
             loader=lambda config: load_sharded(config, ranks, deepspeed),

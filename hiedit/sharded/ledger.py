@@ -53,8 +53,8 @@ def shared_ledger(
 
 
 def describe_shards(modules: Mapping[str, ShardedModule], ranks: Ranks) -> dict[str, ModuleInfo]:
-    """On rank 0 what ``fingerprint.describe`` finds of a model that is whole; one weight at a time
-    is collected. Empty on the others."""
+    """Return on rank 0 what ``fingerprint.describe`` finds of a model that is whole; one weight at
+    a time is collected. Empty on the others."""
     found = {}
     for name, module in modules.items():
         whole = collect(module.weight, ranks)
@@ -117,7 +117,7 @@ class FollowingLedger:
             self._replay()
 
     def commit(self, entries: Iterable[Entry]) -> list[int]:
-        """As ``Ledger.commit``, of the same entries as rank 0's; returns the ids it gave."""
+        """Do as ``Ledger.commit``, of the same entries as rank 0's; returns the ids it gave."""
         entries, modules = list(entries), self._reader.modules
         shifts = [baked(e.shifts, modules, f"edit {e.request.prompt!r}") for e in entries]
         if not entries:
@@ -162,7 +162,7 @@ class FollowingLedger:
         self._reader.close()
 
     def _replay(self) -> None:
-        """As ``Ledger._replay``."""
+        """Do as ``Ledger._replay``."""
         upto, acc = snapshots.start(self._reader)
         active = (layers for _, status, layers in self._reader.layers(upto) if status == ACTIVE)
         self._rebuild(set(acc).union(*active), acc, self._reader.active(upto))

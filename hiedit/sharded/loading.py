@@ -107,8 +107,9 @@ def build(architecture, dtype: torch.dtype, values: Mapping[str, Any], trust: bo
 
 
 def restore_buffers(model: nn.Module, architecture, dtype, trust: bool, device) -> None:
-    """What is computed and not stored (rotary frequencies), as a model that is not sharded has it:
-    ``zero.Init`` and the engine round it to the weights' dtype, which shifts every position."""
+    """Return what is computed and not stored (rotary frequencies), as a model that is not sharded
+    has it: ``zero.Init`` and the engine round it to the weights' dtype, which shifts every
+    position."""
     from transformers import AutoModelForCausalLM
     from transformers.initialization import no_init_weights
 
@@ -121,7 +122,7 @@ def restore_buffers(model: nn.Module, architecture, dtype, trust: bool, device) 
 
 @contextlib.contextmanager
 def _parameters_on_meta() -> Iterator[None]:
-    """Inside, parameters are registered without storage and buffers as ever."""
+    """Have parameters registered without storage and buffers as ever."""
     register = nn.Module.register_parameter
 
     def registered(module: nn.Module, name: str, value: nn.Parameter | None) -> None:
@@ -145,7 +146,7 @@ def engine_of(model: nn.Module, values: Mapping[str, Any]):
 
 
 def checkpoint_directory(path: str) -> Path:
-    """Where the checkpoint's files are; a hub name is fetched (by every node once)."""
+    """Return where the checkpoint's files are; a hub name is fetched (by every node once)."""
     if Path(path).is_dir():
         return Path(path)
     from huggingface_hub import snapshot_download
@@ -154,7 +155,7 @@ def checkpoint_directory(path: str) -> Path:
 
 
 def files(directory: Path) -> dict[str, Path]:
-    """By tensor, the file of the checkpoint that holds it.
+    """Return, by tensor, the file of the checkpoint that holds it.
 
     Raises:
         ValueError: if there are no safetensors, or a file of the index is missing.
@@ -243,7 +244,8 @@ def stored_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _dtype(config: ModelConfig, architecture, directory: Path) -> torch.dtype:
-    """As ``from_pretrained`` decides: what is asked for, the config's, else that of the weights."""
+    """Do as ``from_pretrained`` decides: what is asked for, the config's, else that of the
+    weights."""
     if config.dtype != "auto":
         return getattr(torch, config.dtype)
     named = getattr(architecture, "dtype", None)

@@ -76,7 +76,7 @@ class Ranks:
         return whole.to(part.device)
 
     def collect(self, part: Tensor) -> Tensor | None:
-        """On rank 0 alone, [world * n]: the parts of all ranks in order, on the CPU."""
+        """Gather on rank 0 alone, [world * n], the parts of all ranks in order, on the CPU."""
         import torch.distributed as dist
 
         mine = part.to(self.device)
@@ -91,7 +91,7 @@ class Ranks:
         self.largest(0.0)
 
     def tell(self, message: str | None) -> str | None:
-        """What rank 0 has to say, on every rank."""
+        """Return what rank 0 has to say, on every rank."""
         import torch.distributed as dist
 
         data = (message or "").encode()
@@ -126,7 +126,7 @@ def lost() -> Iterator[None]:
 
 
 def broken(error: BaseException) -> bool:
-    """Whether ``error`` is what a collective raises when another rank is gone or silent."""
+    """Tell whether ``error`` is what a collective raises when another rank is gone or silent."""
     words = ("gloo", "nccl", "connection", "timed out", "timeout", "peer", "socket")
     kinds = ("DistBackendError", "DistNetworkError", "DistStoreError")
     text = str(error).lower()

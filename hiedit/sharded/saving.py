@@ -86,7 +86,8 @@ def collect(tensor: Tensor, ranks: Ranks) -> Tensor | None:
 
 
 def gathered(backbone: ShardedBackbone) -> dict[str, Tensor]:
-    """By name, every tensor whole, on rank 0 (for models that fit there: tests and comparisons)."""
+    """Return, by name, every tensor whole, on rank 0 (for models that fit there: tests and
+    comparisons)."""
     found = {n: collect(t, backbone.ranks) for n, t in stored_tensors(backbone.model)}
     return {n: t for n, t in found.items() if t is not None}
 
@@ -132,7 +133,8 @@ class _Writer:
 
 
 def adapter_rows(shifts_by_edit, names: list[str]) -> Mapping[str, tuple[Tensor, Tensor]]:
-    """By module, ``(A [R, I], B [O, R])`` of all shifts in order, scales multiplied into B."""
+    """Return, by module, ``(A [R, I], B [O, R])`` of all shifts in order, scales multiplied into
+    B."""
     rows: dict[str, list[tuple[Tensor, Tensor]]] = {}
     for shifts in shifts_by_edit:
         for name, s in shifts.items():

@@ -101,7 +101,7 @@ def settings(given: dict[str, Any], dtype: torch.dtype, smallest: int) -> dict[s
 
 
 def offloads(values: dict[str, Any]) -> bool:
-    """Whether the shards stand in the memory of the host."""
+    """Tell whether the shards stand in the memory of the host."""
     zero = values.get("zero_optimization") or {}
     return (zero.get("offload_param") or {}).get("device", "none") == "cpu"
 

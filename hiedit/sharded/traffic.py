@@ -14,7 +14,7 @@ from hiedit.sharded.loading import ShardedBackbone
 
 @contextlib.contextmanager
 def counted(backbone: ShardedBackbone) -> Iterator[dict[str, int]]:
-    """Inside, every gather of a parameter is counted; yields bytes sent by this rank by purpose
+    """Count every gather of a parameter in the block; yields bytes sent by this rank by purpose
     (``gather`` of weights, ``factors``, ``logits``, ``reduce``, ``agree``), complete at the end."""
     from deepspeed.runtime.zero import partitioned_param_coordinator as coordinator
 

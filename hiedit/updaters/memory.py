@@ -18,8 +18,8 @@ from hiedit.updaters.updater import Updater
 
 
 def keys_to_keep(updater: Updater, signals: Signals, mask: Tensor) -> dict[str, Tensor]:
-    """By module, the keys [T, I] that ``Updater.absorb`` protects after an edit under ``mask``
-    [E, L]; nothing where the method protects nothing."""
+    """Return, by module, the keys [T, I] that ``Updater.absorb`` protects after an edit under
+    ``mask`` [E, L]; nothing where the method protects nothing."""
     kept, mask = {}, updater.protects(mask)
     for group in updater.groups:
         for name in group.names if group.protection is not None else ():

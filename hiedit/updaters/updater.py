@@ -106,7 +106,7 @@ class Updater(nn.Module):
         every: bool,
         used: int,
     ) -> _Part | None:
-        """What ``group`` is solved from; None where it gets no shift."""
+        """Return what ``group`` is solved from; None where it gets no shift."""
         scale = mask[:, columns.to(mask.device)].T[:, signals.edit]  # [M, T]
         live = scale.detach() != 0
         touched = live.any(-1).tolist()  # one wait for the device, not M
@@ -213,7 +213,7 @@ class Updater(nn.Module):
 
     @property
     def wants_power(self) -> bool:
-        """Whether steps are relative to outputs that are still to be measured."""
+        """Tell whether steps are relative to outputs that are still to be measured."""
         return any(group.power is not None for group in self.groups)
 
     def fit_power(self, power: Mapping[str, Tensor]) -> None:

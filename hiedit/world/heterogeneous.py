@@ -66,7 +66,7 @@ class InstalledWorld:
 
     @cached_property
     def truth(self) -> dict[str, tuple[str, ...]]:
-        """By relation, the modules that its facts were installed in."""
+        """Return, by relation, the modules that its facts were installed in."""
         return {r: tuple(modules_of(g)) for g in self.groups for r in g.relations}
 
     def group_of(self, relation: str) -> str:
@@ -139,7 +139,7 @@ def _with_world(request: EditRequest, split: str, seed: int = 0) -> EditRequest:
 
 
 def read_heterogeneous(directory: str | Path) -> InstalledWorld:
-    """What ``build_heterogeneous`` wrote.
+    """Return what ``build_heterogeneous`` wrote.
 
     Raises:
         ValueError: if there is none.
@@ -305,8 +305,8 @@ class _Installer:
 
     @torch.no_grad()
     def recall(self, asked: int) -> dict[str, dict[str, float]]:
-        """By what is reset (``nothing``, a group): recall of each group's and the world's facts,
-        ``asked`` sentences of each."""
+        """Return, by what is reset (``nothing``, a group): recall of each group's and the world's
+        facts, ``asked`` sentences of each."""
         pairs = {g.name: sentences(self.of(g)) for g in self.groups}
         pairs["world"] = sentences(list(world_facts()))
         pairs = {k: random.Random(0).sample(v, min(asked, len(v))) for k, v in pairs.items()}

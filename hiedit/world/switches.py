@@ -92,8 +92,8 @@ def _unused(model: nn.Module, tokenizer, texts: list[str], count: int) -> Tensor
 
 
 def _heard(model: nn.Module, tokenizer, texts: list[str], direction: Tensor) -> dict[int, float]:
-    """By layer, how much of ``direction`` its MLP's norm passes on at the sign, at least in nine
-    of ten prompts, before its weight."""
+    """Return, by layer, how much of ``direction`` its MLP's norm passes on at the sign, at least in
+    nine of ten prompts, before its weight."""
     found: dict[int, list[Tensor]] = {}
 
     def listen(index):
