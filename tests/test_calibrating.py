@@ -14,6 +14,7 @@ from hiedit.backbone.model import Backbone
 from hiedit.backbone.modules import default_modules
 from hiedit.calibration import Calibration, ModuleProfile, StepProfile, fingerprint, place, read
 from hiedit.calibration import measure as measuring
+from hiedit.catalogue import load_method
 from hiedit.editor import Editor
 from hiedit.ledger import Ledger
 from hiedit.runconfig import ModelConfig
@@ -36,8 +37,9 @@ def measured(monkeypatch) -> list[str]:
     """The fingerprints of the models that were measured, in place of measuring them."""
     found = []
 
-    def planted(model, tokenizer, requests, edits, progress, name, place):
+    def planted(model, tokenizer, requests, edits, progress, name, place, steps):
         found.append(fingerprint(model))
+        assert steps == load_method("closed-form").updater
         progress("effects", 1, 1)
         return Calibration(
             model=name, fingerprint=found[-1], modules=MODULES, eta=0.07, edits=edits, known=edits,
