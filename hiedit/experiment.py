@@ -181,8 +181,7 @@ def knowledge_in(
 ) -> tuple[tuple[str, str], ...]:
     """Return what the records of ``train`` say of things as they are, as (prompt, answer): their
     unrelated prompts, then what their own prompts had for an answer. Nothing that ``stream`` asks
-    is among
-    it: what is measured must not have been protected by name."""
+    is among it: what is measured must not have been protected by name."""
     asked = {p for r in stream for p in (r.prompt, *r.paraphrases, *r.heldout)}
     asked |= {place.prompt for r in stream for place in r.locality}
     near = [(p.prompt, p.answer) for r in train for p in r.locality if p.answer]

@@ -230,9 +230,8 @@ def _joined(done, trained) -> tuple[list[MethodResult], dict[str, list[TrainStep
 
 def checkpoints_of(config: RunConfig, method: MethodConfig) -> Checkpoints | None:
     """Return where the training of ``method`` in this run keeps its state, if it does. It can be
-    continued
-    by a run that trains the same on the same: where results go and how often it is saved may
-    differ."""
+    continued by a run that trains the same on the same: where results go and how often it is saved
+    may differ."""
     if not config.distribution.checkpoint_every:
         return None
     same = {key: dataclasses.asdict(getattr(config, key)) for key in ("model", "dataset", "train")}

@@ -161,6 +161,9 @@ def test_runs_are_compared_in_one_table(call, tmp_path):
     assert re.search(r"one +50\.0 +25\.0 +100\.0", told.output) and "two" in told.output
     told = call("compare", str(tmp_path / "one"), str(tmp_path / "other"))
     assert "edited 2 different streams" in told.stderr
+    write_results(tmp_path / "again", [MethodResult("one", 0, 10, scores, layers_per_edit=2.0)])
+    told = call("compare", str(tmp_path / "one"), str(tmp_path / "again")).output
+    assert "one (" in told and "again)" in told and "seeds" not in told  # not a mean of the two
     none = call("compare", tmp_path / "none")
     mistake(none, "none: no run with results", "details.json is missing")
 

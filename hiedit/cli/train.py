@@ -5,7 +5,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,28 +15,16 @@ from typing import Annotated
 import typer
 
 from hiedit.cli.shared import app, friendly
+from hiedit.evaluation.results import DETAILS, MethodResult, read_details
 
-HELP = """\
-Train a method's editor and measure it on a held-out lifelong stream.
-
-    hiedit train method=hiedit model=world dataset=world stream.length=200
-    hiedit train method=rledit dataset=counterfact dataset.path=counterfact/train.json
-    hiedit train --help            # every key with its default
-    hiedit train --multirun method=hiedit,random seed=0,1,2
-    hiedit train method=hiedit distribution=ray distribution.workers=4
-    hiedit train resume=runs/hiedit-world-world-seed0
-
-Any key of the configuration can be overridden (Hydra); all of it is checked before a model is
-loaded. Results, plots and the trained editor go to `run_dir`. A run that was killed goes on from
-its last checkpoint with `resume=RUN_DIR`, with the configuration that it had.
-"""
 HYDRAS = {
     "allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": [],
 }  # fmt: skip
 
 
-@app.command("train", help=HELP, context_settings=HYDRAS, add_help_option=False)
+@app.command("train", context_settings=HYDRAS, add_help_option=False)
 def train_command(context: typer.Context) -> None:
+    """Train a method's editor and measure it on a held-out lifelong stream (Hydra overrides)."""
     raise typer.Exit(train(context.args, "hiedit train"))
 
 
@@ -47,10 +37,11 @@ def compare_command(
 ) -> None:
     """Show the results of any runs in one table.
 
-    Rows of the same method are seeds: their mean is shown, with the standard deviation below. Runs
-    of different streams are told apart in a note, as their figures cannot be compared.
+    Other seeds of the same method make one row: their mean, with the standard deviation below it.
+    The same seed in several runs makes a row for each run. Runs of different streams are told in a
+    note, as their figures cannot be compared.
     """
-    results = [result for run in runs for result in _results(run)]
+    results = _apart([(run, result) for run in runs for result in _results(run)])
     streams = {result.stream for result in results}
     if len(streams) > 1:
         typer.echo(f"note: the runs edited {len(streams)} different streams", err=True)
@@ -64,9 +55,17 @@ def compare_command(
             typer.echo(str(path))
 
 
-def _results(run: Path):
-    from hiedit.evaluation.results import DETAILS, read_details
+def _apart(found: list[tuple[Path, MethodResult]]) -> list[MethodResult]:
+    """Return the results; a method with one seed in several runs is named by its run there."""
+    counts = Counter(result.key for _, result in found)
+    twice = {key[0] for key, count in counts.items() if count > 1}
+    return [
+        dataclasses.replace(r, method=f"{r.method} ({run})") if r.method in twice else r
+        for run, r in found
+    ]
 
+
+def _results(run: Path) -> list[MethodResult]:
     directory = run.parent if run.suffix == ".json" else run
     if not (directory / DETAILS).is_file():
         raise ValueError(f"{run}: no run with results ({directory / DETAILS} is missing)")

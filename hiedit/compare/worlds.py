@@ -128,7 +128,7 @@ def halves(facts) -> tuple[tuple[Fact, ...], tuple[Fact, ...]]:
 
 
 class StandingProbe(StreamProbe):
-    """Asks about the edits that still hold: one whose fact was edited again counts no more."""
+    """Asks about the edits that still hold: not those that a later one contradicts."""
 
     def scored(self, upto: int) -> int:
         """Return how many of the first ``upto`` edits still hold and are asked about."""
